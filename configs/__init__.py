@@ -1,0 +1,1 @@
+"""Experiment files, data only: each has a `get_config(arg)`."""

@@ -1,0 +1,234 @@
+"""Every key of every config, and the argument string of `--config=file:arg`.
+
+The values here are the paper's PASCAL VOC recipe (METHOD of the paper's main
+experiments); an experiment file changes what differs. Quantities with "batch"
+are global: they do not depend on the number of devices.
+"""
+
+import ml_collections
+
+RELEASED_QUIRKS = (
+  "batch_onehot",
+  "class_index_mixup",
+  "own_label_negatives",
+  "teacher_alias",
+  "teacher_cold_start",
+  "zero_padding_label",
+  "padded_center_crop",
+)
+
+
+def get_base_config() -> ml_collections.ConfigDict:
+  """The complete config with the defaults of the VOC recipe."""
+  config = ml_collections.ConfigDict()
+  # Names the run: the default workdir is runs/<name>.
+  config.name = "base"
+  # Root of all randomness: initialisation, input order, augmentation, draws.
+  config.seed = 2
+  # 'u2pl', or 'supervised': the same number of updates from labels alone.
+  config.method = "u2pl"
+  # Departures of the published code to reproduce; see docs/quirks.md. Empty is
+  # the paper. A comma-separated string, so that the command line can set it.
+  config.quirks = ""
+
+  # -- Data ------------------------------------------------------------------
+  config.dataset = dataset = ml_collections.ConfigDict()
+  # Class names, palette and pixel statistics: 'voc', 'camvid', 'shapes'.
+  dataset.name = "voc"
+  # Folder in VOC layout. The lists below are relative to it unless absolute.
+  dataset.root = "data/VOC2012"
+  dataset.image_dir = "JPEGImages"
+  dataset.mask_dir = "SegmentationClassAug"
+  dataset.image_suffix = ".jpg"
+  dataset.mask_suffix = ".png"
+  # Text files with one image id (or "image mask") a line.
+  dataset.labelled_list = ""
+  dataset.unlabelled_list = ""
+  dataset.validation_list = ""
+  # Value in the masks that belongs to no class.
+  dataset.ignore_label = 255
+
+  # -- Global batch and input --------------------------------------------------
+  config.batch = batch = ml_collections.ConfigDict()
+  # Labelled and unlabelled images of one update, over all devices.
+  batch.labelled = 16
+  batch.unlabelled = 16
+
+  config.input = inputs = ml_collections.ConfigDict()
+  # Height and width of the random crop; any size from 33 up, odd ones fit best.
+  inputs.crop_size = (513, 513)
+  # Factors of the random resize: half of the draws below 1, half above.
+  inputs.scale_range = (0.5, 2.0)
+  # Probability of a horizontal flip.
+  inputs.flip_probability = 0.5
+  # Worker processes that decode and augment; 0 uses threads of this process.
+  inputs.num_workers = 0
+  # Threads (per process) and batches held ready.
+  inputs.num_threads = 8
+  inputs.prefetch = 4
+
+  # -- Network -----------------------------------------------------------------
+  config.model = model = ml_collections.ConfigDict()
+  # resnet18, resnet34, resnet50, resnet101, resnet152, tiny.
+  model.backbone = "resnet101"
+  # 'deep' (three 3x3 convolutions, the published network) or 'conv7'.
+  model.stem = "deep"
+  # 'deeplabv3plus' or 'deeplabv3'.
+  model.head = "deeplabv3plus"
+  # 8 or 16: how far the encoder reduces the resolution.
+  model.output_stride = 8
+  # Dilations of the last stage times 2, 2, 4.
+  model.multi_grid = True
+  # Dilations of the three 3x3 branches of ASPP.
+  model.aspp_rates = (12, 24, 36)
+  # Width of the representations that are contrasted.
+  model.rep_features = 256
+  # Probability of dropping a channel in the heads.
+  model.dropout = 0.1
+  # 'float32' or 'bfloat16': type of the convolutions. All else is float32.
+  model.dtype = "float32"
+  # Recompute the encoder's blocks in the backward pass: less memory, more time.
+  model.remat = False
+  # Weights of the encoder (.npz under published names), '' for none.
+  model.pretrained = ""
+
+  # -- Schedule and optimiser --------------------------------------------------
+  config.schedule = schedule = ml_collections.ConfigDict()
+  # An epoch is one pass over the *unlabelled* images, whatever the method.
+  schedule.epochs = 80
+  # Epochs from labels alone before the teacher teaches.
+  schedule.warmup_epochs = 1
+
+  config.optimizer = optimizer = ml_collections.ConfigDict()
+  # Of the encoder at step 0; falls with (1 - step / steps) ** poly_power.
+  optimizer.learning_rate = 0.001
+  optimizer.poly_power = 0.9
+  # Learning rate of everything outside the encoder, relative to it.
+  optimizer.head_multiplier = 10.0
+  optimizer.momentum = 0.9
+  # On all parameters, norms and biases included, as published.
+  optimizer.weight_decay = 1e-4
+
+  # -- The method --------------------------------------------------------------
+  config.supervised = supervised = ml_collections.ConfigDict()
+  # 'ce' or 'ohem'.
+  supervised.loss = "ce"
+  # OHEM keeps pixels whose true class is below this probability ...
+  supervised.ohem_threshold = 0.7
+  # ... and at least this many of the global batch; 0 turns mining off.
+  supervised.ohem_min_kept = 100_000
+  # Weight of the auxiliary head's loss; 0 builds no auxiliary head.
+  supervised.aux_weight = 0.0
+
+  config.strong = strong = ml_collections.ConfigDict()
+  # 'cutmix', 'cutout', 'classmix' or 'none'.
+  strong.mix = "cutmix"
+  # One coin a step decides for the whole batch.
+  strong.mix_probability = 0.5
+
+  config.reliability = reliability = ml_collections.ConfigDict()
+  # Percent of the pixels that are unreliable at the start (alpha_0) ...
+  reliability.alpha0 = 20.0
+  # ... falling linearly to 0, once per 'epoch' (published) or 'step'.
+  reliability.decay = "epoch"
+
+  config.unsupervised = unsupervised = ml_collections.ConfigDict()
+  unsupervised.weight = 1.0
+
+  config.contrastive = contrastive = ml_collections.ConfigDict()
+  # The paper's value (issue 22 upstream). The published code says 1, of which
+  # its gradients see 1 / (number of GPUs): see docs/quirks.md.
+  contrastive.weight = 0.1
+  # Anchors per class and negatives per anchor. (The paper's text has them the
+  # other way round; the published code and its author say 256 and 50.)
+  contrastive.num_anchors = 256
+  contrastive.num_negatives = 50
+  contrastive.temperature = 0.5
+  # A labelled pixel of another class is a negative if the class ranks below
+  # low_rank in the teacher's order; an unlabelled unreliable one if it ranks in
+  # [low_rank, high_rank). At most the number of classes.
+  contrastive.low_rank = 3
+  contrastive.high_rank = 20
+  # The teacher's probability of its class must be above this for an anchor ...
+  contrastive.anchor_min_probability = 0.3
+  # ... and below this for a negative (1: no condition, as published).
+  contrastive.negative_max_probability = 1.0
+
+  config.memory_bank = bank = ml_collections.ConfigDict()
+  # Keys that each queue holds; class 0 has its own size.
+  bank.capacity = 30_000
+  bank.capacity_class0 = 50_000
+  # Keys of one class that enter in one step, a random subset. The paper's rule
+  # finds about 43 000 a step at this recipe, more than a queue holds, so that
+  # without the cap the bank would have no memory. 0: no cap, exact FIFO.
+  bank.max_keys_per_step = 512
+
+  config.teacher = teacher = ml_collections.ConfigDict()
+  # Weight of the old average: min(1 - 1 / (updates + 1), ema_decay).
+  teacher.ema_decay = 0.99
+
+  # -- Evaluation, checkpoints, output -----------------------------------------
+  config.eval = evaluation = ml_collections.ConfigDict()
+  # 'padded': whole images in one static shape, padding ignored; 'whole': whole
+  # images, one compilation per size; 'center_crop': published protocol of VOC,
+  # needs the quirk padded_center_crop.
+  evaluation.protocol = "padded"
+  # Shape of 'padded' and 'center_crop'.
+  evaluation.pad_to = (513, 513)
+  # Images at once, over all devices.
+  evaluation.batch = 16
+  evaluation.every_epochs = 1
+  # Unlabelled images whose hidden masks measure the pseudo labels (metrics
+  # named oracle/); read by nothing else. 0 never opens such a mask.
+  evaluation.oracle_images = 0
+
+  config.checkpoint = checkpoint = ml_collections.ConfigDict()
+  # Also saved at the end and on a new best mIoU.
+  checkpoint.every_epochs = 1
+  # Latest ones to keep, beside the best.
+  checkpoint.keep = 2
+
+  config.log = log = ml_collections.ConfigDict()
+  # Steps between lines of metrics.jsonl and of the log.
+  log.every_steps = 50
+  # Images drawn in the report.
+  log.report_images = 8
+  return config
+
+
+def parse_arg(arg: str | None, **defaults) -> ml_collections.ConfigDict:
+  """Parses the part of `--config=file.py:arg` after the colon.
+
+  Args:
+    arg: comma-separated `key=value` or bare `flag`, e.g.
+      'method=supervised,released,seed=3'.
+    **defaults: the legal keys with their defaults; a bool is a flag, and the
+      type of the default is the type of the value.
+
+  Returns:
+    ConfigDict with all keys of `defaults`.
+
+  Raises:
+    ValueError: unknown key or a value of the wrong type; lists the legal keys.
+  """
+  values = dict(defaults)
+  for item in filter(None, (arg or "").split(",")):
+    key, has_value, text = item.partition("=")
+    if key not in defaults:
+      raise ValueError(
+        f"config argument {key!r} is unknown: choose from {sorted(defaults)}"
+      )
+    default = defaults[key]
+    if isinstance(default, bool) and not has_value:
+      values[key] = True
+    elif not has_value:
+      raise ValueError(f"config argument {key!r} needs a value: {key}=...")
+    else:
+      try:
+        values[key] = type(default)(text)
+      except ValueError:
+        raise ValueError(
+          f"config argument {key}={text!r} is not of type"
+          f" {type(default).__name__}"
+        ) from None
+  return ml_collections.ConfigDict(values)

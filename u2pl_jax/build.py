@@ -1,0 +1,292 @@
+"""From a config to compiled functions: the only reader of the method's keys.
+
+The leaves take keywords and `train_step` a `Recipe`; here the config's values
+are unpacked, statics bound and the steps jitted.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from u2pl_jax import memory_bank, rngs, sharding
+from u2pl_jax.config_checks import check_config, parse_quirks
+from u2pl_jax.evaluation import make_eval_step, make_predict_step
+from u2pl_jax.models.deeplab import DeepLab
+from u2pl_jax.models.pretrained import load_pretrained
+from u2pl_jax.optimizer import Schedule, poly_schedule, sgd
+from u2pl_jax.train_state import TrainState, create_train_state
+from u2pl_jax.train_step import (
+  LabelledBatch,
+  Recipe,
+  UnlabelledBatch,
+  semi_supervised_step,
+  supervised_step,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+  """What the steps must know of the data.
+
+  Attributes:
+    num_classes: k.
+    mean, std: of the channels in [0, 255].
+    num_unlabelled: images, which give the length of an epoch.
+  """
+
+  num_classes: int
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
+  num_unlabelled: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Everything that runs on the devices.
+
+  Attributes:
+    mesh: over all devices.
+    model, tx, recipe: as in `train_step`.
+    learning_rate: of the encoder by step.
+    supervised_step: compiled `(state, labelled dict) -> (state, metrics)`.
+    semi_supervised_step: compiled `(state, labelled, unlabelled dicts) ->
+      (state, metrics)`; None for the supervised method.
+    eval_step: compiled `(variables, batch dict) -> confusion matrix`.
+    predict_step: compiled `(variables, batch dict) -> (classes, entropy)`.
+    create_state: `() -> TrainState` at step 0, replicated over the mesh.
+  """
+
+  mesh: Mesh
+  model: DeepLab
+  tx: optax.GradientTransformation
+  recipe: Recipe
+  learning_rate: Schedule
+  supervised_step: Callable[..., tuple[TrainState, dict]]
+  semi_supervised_step: Callable[..., tuple[TrainState, dict]] | None
+  eval_step: Callable[..., jax.Array]
+  predict_step: Callable[..., tuple[jax.Array, jax.Array]]
+  create_state: Callable[[], TrainState]
+
+
+def make_model(config: ml_collections.ConfigDict, num_classes: int) -> DeepLab:
+  """The network of student and teacher."""
+  model = config.model
+  return DeepLab(
+    num_classes=num_classes,
+    backbone=model.backbone,
+    head=model.head,
+    stem=model.stem,
+    output_stride=model.output_stride,
+    multi_grid=model.multi_grid,
+    aspp_rates=tuple(model.aspp_rates),
+    rep_features=model.rep_features,
+    auxiliary=config.supervised.aux_weight > 0,
+    dropout=model.dropout,
+    remat=model.remat,
+    dtype=jnp.dtype(model.dtype),
+  )
+
+
+def make_recipe(config: ml_collections.ConfigDict, data: DataSpec) -> Recipe:
+  """The steps' hyper-parameters; an epoch drops the last partial batch."""
+  steps_per_epoch = max(1, data.num_unlabelled // config.batch.unlabelled)
+  schedule, contrastive = config.schedule, config.contrastive
+  warmup_epochs = (
+    schedule.epochs if config.method == "supervised" else schedule.warmup_epochs
+  )
+  return Recipe(
+    num_classes=data.num_classes,
+    ignore_label=config.dataset.ignore_label,
+    mean=tuple(data.mean),
+    std=tuple(data.std),
+    steps_per_epoch=steps_per_epoch,
+    warmup_steps=warmup_epochs * steps_per_epoch,
+    total_steps=schedule.epochs * steps_per_epoch,
+    sup_loss=config.supervised.loss,
+    ohem_threshold=config.supervised.ohem_threshold,
+    ohem_min_kept=config.supervised.ohem_min_kept,
+    aux_weight=config.supervised.aux_weight,
+    mix=config.strong.mix,
+    mix_probability=config.strong.mix_probability,
+    alpha0=config.reliability.alpha0,
+    alpha_decay=config.reliability.decay,
+    unsup_weight=config.unsupervised.weight,
+    contra_weight=contrastive.weight,
+    num_anchors=contrastive.num_anchors,
+    num_negatives=contrastive.num_negatives,
+    temperature=contrastive.temperature,
+    low_rank=contrastive.low_rank,
+    high_rank=contrastive.high_rank,
+    anchor_min_probability=contrastive.anchor_min_probability,
+    negative_max_probability=contrastive.negative_max_probability,
+    max_keys_per_step=config.memory_bank.max_keys_per_step or None,
+    ema_max_decay=config.teacher.ema_decay,
+    quirks=parse_quirks(config.quirks),
+  )
+
+
+def make_memory_bank(
+  config: ml_collections.ConfigDict, num_classes: int
+) -> memory_bank.MemoryBank:
+  """An empty bank; of one slot a class for a method without one."""
+  bank = config.memory_bank
+  if config.method == "supervised":
+    return memory_bank.create([1] * num_classes, config.model.rep_features)
+  capacities = [bank.capacity_class0] + [bank.capacity] * (num_classes - 1)
+  return memory_bank.create(capacities, config.model.rep_features)
+
+
+def step_functions(
+  config: ml_collections.ConfigDict,
+  *,
+  model: DeepLab,
+  tx: optax.GradientTransformation,
+  recipe: Recipe,
+) -> tuple[Callable, Callable]:
+  """Binds statics and randomness: the two steps before compilation.
+
+  Returns:
+    supervised `(state, labelled dict)` and semi-supervised `(state, labelled
+    dict, unlabelled dict)`, each -> (state, metrics).
+  """
+  # Keys of initialisation and training must not coincide.
+  root_key = jax.random.fold_in(jax.random.key(config.seed), 1)
+
+  def labelled(batch: dict[str, Any]) -> LabelledBatch:
+    return LabelledBatch(batch["image"], batch["label"], batch["valid_box"])
+
+  def run_supervised(state: TrainState, batch_l: dict[str, Any]):
+    return supervised_step(
+      state,
+      labelled(batch_l),
+      rngs.draw_supervised(root_key, state.step),
+      model=model,
+      tx=tx,
+      recipe=recipe,
+    )
+
+  def run_semi_supervised(
+    state: TrainState, batch_l: dict[str, Any], batch_u: dict[str, Any]
+  ):
+    draws = rngs.draw_semi_supervised(
+      root_key,
+      state.step,
+      mix=recipe.mix,
+      mix_probability=recipe.mix_probability,
+      unlabelled_shape=batch_u["image"].shape[:3],
+      num_classes=recipe.num_classes,
+      num_anchors=recipe.num_anchors,
+      num_negatives=recipe.num_negatives,
+      max_keys=recipe.max_keys_per_step,
+    )
+    return semi_supervised_step(
+      state,
+      labelled(batch_l),
+      UnlabelledBatch(batch_u["image"], batch_u["valid_box"]),
+      draws,
+      model=model,
+      tx=tx,
+      recipe=recipe,
+    )
+
+  return run_supervised, run_semi_supervised
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  data: DataSpec,
+  *,
+  devices: Sequence[jax.Device] | None = None,
+) -> Program:
+  """Checks the config and prepares everything; compiles nothing yet.
+
+  Args:
+    config: complete.
+    data: of the data set.
+    devices: all by default.
+
+  Returns:
+    `Program`.
+
+  Raises:
+    ConfigError: see `config_checks`.
+  """
+  mesh = sharding.create_mesh(devices)
+  check_config(
+    config, num_classes=data.num_classes, num_devices=mesh.devices.size
+  )
+  model = make_model(config, data.num_classes)
+  recipe = make_recipe(config, data)
+  optimizer = config.optimizer
+  learning_rate = poly_schedule(
+    optimizer.learning_rate, recipe.total_steps, optimizer.poly_power
+  )
+  tx = sgd(
+    learning_rate,
+    momentum=optimizer.momentum,
+    weight_decay=optimizer.weight_decay,
+    head_multiplier=optimizer.head_multiplier,
+  )
+  run_supervised, run_semi = step_functions(
+    config, model=model, tx=tx, recipe=recipe
+  )
+  repl, split = sharding.replicated(mesh), sharding.batch_sharded(mesh)
+  jit_step = functools.partial(
+    jax.jit, donate_argnums=0, out_shardings=(repl, repl)
+  )
+
+  def create_state() -> TrainState:
+    pretrained = config.model.pretrained
+    state = create_train_state(
+      jax.random.fold_in(jax.random.key(config.seed), 0),
+      model,
+      tx,
+      image_size=(65, 65),
+      memory_bank=make_memory_bank(config, data.num_classes),
+      cold_teacher="teacher_cold_start" in recipe.quirks,
+      load_pretrained=(
+        functools.partial(load_pretrained, path=pretrained)
+        if pretrained
+        else None
+      ),
+    )
+    return jax.device_put(state, repl)
+
+  pixels = {"mean": recipe.mean, "std": recipe.std}
+  return Program(
+    mesh=mesh,
+    model=model,
+    tx=tx,
+    recipe=recipe,
+    learning_rate=learning_rate,
+    supervised_step=jit_step(run_supervised, in_shardings=(repl, split)),
+    semi_supervised_step=(
+      jit_step(run_semi, in_shardings=(repl, split, split))
+      if config.method == "u2pl"
+      else None
+    ),
+    eval_step=jax.jit(
+      make_eval_step(
+        model,
+        num_classes=recipe.num_classes,
+        ignore_label=recipe.ignore_label,
+        padding_label=0 if config.eval.protocol == "center_crop" else None,
+        **pixels,
+      ),
+      in_shardings=(repl, split),
+      out_shardings=repl,
+    ),
+    predict_step=jax.jit(
+      make_predict_step(model, **pixels),
+      in_shardings=(repl, split),
+      out_shardings=repl,
+    ),
+    create_state=create_state,
+  )

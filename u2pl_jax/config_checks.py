@@ -1,0 +1,192 @@
+"""Refuses configs that cannot work, before anything is read or compiled."""
+
+import ml_collections
+
+from u2pl_jax.evaluation import PROTOCOLS
+from u2pl_jax.models.deeplab import HEADS
+from u2pl_jax.models.resnet import BACKBONES
+from u2pl_jax.strong_augmentation import MIXES
+from u2pl_jax.train_step import QUIRKS
+
+METHODS = ("u2pl", "supervised")
+
+
+class ConfigError(ValueError):
+  """One line that names the key, its value and the fix."""
+
+
+def parse_quirks(text: str) -> frozenset[str]:
+  """'a,b' -> {'a', 'b'}.
+
+  Raises:
+    ConfigError: a name that is no quirk.
+  """
+  names = frozenset(filter(None, (name.strip() for name in text.split(","))))
+  for name in sorted(names - set(QUIRKS)):
+    raise ConfigError(
+      f"config.quirks: {name!r} is unknown: choose from {', '.join(QUIRKS)}"
+    )
+  return names
+
+
+def _require(condition: bool, message: str) -> None:
+  if not condition:
+    raise ConfigError(message)
+
+
+def _choice(key: str, value: str, choices) -> None:
+  _require(
+    value in choices,
+    f"config.{key}={value!r}: choose one of {', '.join(choices)}",
+  )
+
+
+def _in_range(key: str, value: float, low: float, high: float) -> None:
+  _require(
+    low <= value <= high,
+    f"config.{key}={value}: must be between {low} and {high}",
+  )
+
+
+def check_config(
+  config: ml_collections.ConfigDict, *, num_classes: int, num_devices: int
+) -> None:
+  """Checks the values of a config and their combinations.
+
+  Args:
+    config: complete, see `configs/common.py`.
+    num_classes: of the data set.
+    num_devices: over which the batch is split.
+
+  Raises:
+    ConfigError: the first thing that is wrong.
+  """
+  quirks = parse_quirks(config.quirks)
+  _choice("method", config.method, METHODS)
+  _choice("model.backbone", config.model.backbone, BACKBONES)
+  _choice("model.head", config.model.head, HEADS)
+  _choice("model.stem", config.model.stem, ("deep", "conv7"))
+  _choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
+  _choice("supervised.loss", config.supervised.loss, ("ce", "ohem"))
+  _choice("strong.mix", config.strong.mix, MIXES)
+  _choice("reliability.decay", config.reliability.decay, ("epoch", "step"))
+  _choice("eval.protocol", config.eval.protocol, PROTOCOLS)
+  _require(
+    config.model.output_stride in (8, 16),
+    f"config.model.output_stride={config.model.output_stride}: choose 8 or 16",
+  )
+  _require(
+    len(config.model.aspp_rates) == 3,
+    f"config.model.aspp_rates={tuple(config.model.aspp_rates)}: needs three",
+  )
+  _require(
+    config.eval.protocol != "center_crop" or "padded_center_crop" in quirks,
+    "config.eval.protocol='center_crop' counts padding as class 0: add"
+    " padded_center_crop to config.quirks, or choose 'padded'",
+  )
+
+  for half in ("labelled", "unlabelled"):
+    size = config.batch[half]
+    _require(size >= 1, f"config.batch.{half}={size}: must be at least 1")
+    _require(
+      size % num_devices == 0,
+      f"config.batch.{half}={size} does not divide over {num_devices} devices:"
+      f" choose a multiple of {num_devices}",
+    )
+  _require(
+    config.batch.labelled >= 2,
+    f"config.batch.labelled={config.batch.labelled}: batch normalisation of"
+    " the image-pooling branch needs at least 2",
+  )
+  _require(
+    config.eval.batch >= 1 and config.eval.batch % num_devices == 0,
+    f"config.eval.batch={config.eval.batch} does not divide over"
+    f" {num_devices} devices: choose a multiple of {num_devices}",
+  )
+
+  crop = tuple(config.input.crop_size)
+  _require(
+    len(crop) == 2 and min(crop) >= 33,
+    f"config.input.crop_size={crop}: needs height and width of at least 33,"
+    " so that the feature grid is larger than a pixel",
+  )
+  low, high = config.input.scale_range
+  _require(
+    0 < low <= 1 <= high,
+    f"config.input.scale_range={(low, high)}: needs 0 < low <= 1 <= high",
+  )
+  _in_range("input.flip_probability", config.input.flip_probability, 0, 1)
+  _in_range("strong.mix_probability", config.strong.mix_probability, 0, 1)
+  _in_range("model.dropout", config.model.dropout, 0, 0.99)
+  _in_range("reliability.alpha0", config.reliability.alpha0, 0, 100)
+  _in_range("teacher.ema_decay", config.teacher.ema_decay, 0, 1)
+  _in_range("optimizer.momentum", config.optimizer.momentum, 0, 1)
+  for key in ("learning_rate", "head_multiplier"):
+    value = config.optimizer[key]
+    _require(value > 0, f"config.optimizer.{key}={value}: must be positive")
+  _require(
+    config.optimizer.weight_decay >= 0,
+    f"config.optimizer.weight_decay={config.optimizer.weight_decay}:"
+    " must not be negative",
+  )
+
+  epochs, warmup = config.schedule.epochs, config.schedule.warmup_epochs
+  _require(epochs >= 1, f"config.schedule.epochs={epochs}: at least 1")
+  _require(
+    0 <= warmup <= epochs,
+    f"config.schedule.warmup_epochs={warmup}: must lie between 0 and"
+    f" config.schedule.epochs={epochs}",
+  )
+  for key, value in (
+    ("eval.every_epochs", config.eval.every_epochs),
+    ("checkpoint.every_epochs", config.checkpoint.every_epochs),
+    ("checkpoint.keep", config.checkpoint.keep),
+    ("log.every_steps", config.log.every_steps),
+    ("input.num_threads", config.input.num_threads),
+    ("input.prefetch", config.input.prefetch),
+    ("model.rep_features", config.model.rep_features),
+  ):
+    _require(value >= 1, f"config.{key}={value}: must be at least 1")
+  for key, value in (
+    ("eval.oracle_images", config.eval.oracle_images),
+    ("input.num_workers", config.input.num_workers),
+    ("log.report_images", config.log.report_images),
+  ):
+    _require(value >= 0, f"config.{key}={value}: must not be negative")
+
+  if config.method != "u2pl":
+    return
+  contrastive, bank = config.contrastive, config.memory_bank
+  _require(
+    0 < contrastive.low_rank < contrastive.high_rank,
+    f"config.contrastive.low_rank={contrastive.low_rank}: must be at least 1"
+    f" and below high_rank={contrastive.high_rank}",
+  )
+  _require(
+    contrastive.low_rank < num_classes,
+    f"config.contrastive.low_rank={contrastive.low_rank}: must be below the"
+    f" {num_classes} classes, or no unlabelled pixel is ever a negative",
+  )
+  # The published Cityscapes config says 20 with 19 classes, which means 19.
+  _require(
+    contrastive.high_rank <= num_classes + 1,
+    f"config.contrastive.high_rank={contrastive.high_rank}: there are only"
+    f" {num_classes} classes: set it to {num_classes} or less",
+  )
+  _require(
+    contrastive.temperature > 0,
+    f"config.contrastive.temperature={contrastive.temperature}: must be"
+    " positive",
+  )
+  for key, value in (
+    ("contrastive.num_anchors", contrastive.num_anchors),
+    ("contrastive.num_negatives", contrastive.num_negatives),
+    ("memory_bank.capacity", bank.capacity),
+    ("memory_bank.capacity_class0", bank.capacity_class0),
+  ):
+    _require(value >= 1, f"config.{key}={value}: must be at least 1")
+  _require(
+    bank.max_keys_per_step >= 0,
+    f"config.memory_bank.max_keys_per_step={bank.max_keys_per_step}: 0 (no cap)"
+    " or a positive number",
+  )

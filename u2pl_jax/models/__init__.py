@@ -1,0 +1,1 @@
+"""The networks: ResNet backbones and DeepLab heads, in flax.linen."""

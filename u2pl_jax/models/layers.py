@@ -1,0 +1,211 @@
+"""Layers whose numbers have to equal the published network's.
+
+Everything is NHWC. Parameters and batch statistics are float32 (float64 under
+x64); `dtype` is the type of the convolutions' inputs and outputs.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+Dtype = jnp.dtype
+
+# Initialisers of the two halves of the published network: the encoder draws
+# He-normal over fan-out, the heads keep the default of torch's Conv2d, which is
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases alike.
+encoder_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+head_kernel_init = nn.initializers.variance_scaling(
+  1.0 / 3.0, "fan_in", "uniform"
+)
+
+
+def _head_bias_init(fan_in: int):
+  bound = fan_in**-0.5
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+class Conv(nn.Module):
+  """2-D convolution with torch's explicit symmetric padding.
+
+  Attributes:
+    features: output channels.
+    kernel_size: side of the square kernel.
+    stride, dilation: as in torch; the padding is `dilation * (size - 1) // 2`,
+      which keeps the size of the input at stride 1.
+    use_bias: whether a bias is added.
+    head: initialise like the published heads instead of the encoder.
+    dtype: compute type.
+  """
+
+  features: int
+  kernel_size: int
+  stride: int = 1
+  dilation: int = 1
+  use_bias: bool = False
+  head: bool = False
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    size, in_features = self.kernel_size, x.shape[-1]
+    kernel = self.param(
+      "kernel",
+      head_kernel_init if self.head else encoder_kernel_init,
+      (size, size, in_features, self.features),
+      jnp.float32,
+    )
+    padding = self.dilation * (size - 1) // 2
+    y = jax.lax.conv_general_dilated(
+      x.astype(self.dtype),
+      kernel.astype(self.dtype),
+      (self.stride, self.stride),
+      ((padding, padding), (padding, padding)),
+      rhs_dilation=(self.dilation, self.dilation),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    if self.use_bias:
+      fan_in = in_features * size**2
+      bias = self.param(
+        "bias", _head_bias_init(fan_in), (self.features,), jnp.float32
+      )
+      y = y + bias.astype(self.dtype)
+    return y
+
+
+class BatchNorm(nn.Module):
+  """Batch normalisation over the global batch, in torch's convention.
+
+  Linen's own BatchNorm stores the *biased* batch variance in the running
+  average; torch stores the unbiased one. In the image-pooling branch of ASPP
+  n is the batch size, so the two differ by a factor of n / (n - 1).
+
+  Attributes:
+    momentum: weight of the old running value (torch's momentum is 1 - this).
+    epsilon: added to the variance.
+    scale_init: initialiser of the scale; zero for the last norm of a block.
+    dtype: type of the output; statistics are at least float32.
+  """
+
+  momentum: float = 0.9
+  epsilon: float = 1e-5
+  scale_init: nn.initializers.Initializer = nn.initializers.ones
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool) -> Array:
+    """Normalises `x` [b, h, w, c] with batch (train) or running statistics.
+
+    Raises:
+      ValueError: in training with one value per channel (a batch of one image
+        in the image-pooling branch), where the variance does not exist.
+    """
+    channels = x.shape[-1]
+    running_mean = self.variable(
+      "batch_stats", "mean", jnp.zeros, (channels,), jnp.float32
+    )
+    running_var = self.variable(
+      "batch_stats", "var", jnp.ones, (channels,), jnp.float32
+    )
+    scale = self.param("scale", self.scale_init, (channels,), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if train:
+      count = x.size // channels
+      if count < 2 and not self.is_initializing():
+        raise ValueError(
+          "batch normalisation of a single value per channel: the image-pooling"
+          " branch needs at least two images in the global batch"
+        )
+      mean = x.mean((0, 1, 2))
+      # Two passes: E[x^2] - E[x]^2 cancels when the mean is large.
+      var = jnp.square(x - mean).mean((0, 1, 2))
+      if not self.is_initializing():
+        unbiased = var * (count / (count - 1))
+        keep = self.momentum
+        running_mean.value = keep * running_mean.value + (1 - keep) * mean
+        running_var.value = keep * running_var.value + (1 - keep) * unbiased
+    else:
+      mean, var = running_mean.value, running_var.value
+    y = (x - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+    return y.astype(self.dtype)
+
+
+def max_pool_ceil(x: Array) -> Array:
+  """3x3 max-pooling with stride 2, padding 1 and torch's `ceil_mode=True`.
+
+  Args:
+    x: [b, h, w, c].
+
+  Returns:
+    [b, ceil((h - 1) / 2) + 1, ..., c]; a last window that would begin outside
+    the input and its left padding is dropped, as torch does.
+  """
+
+  def right_padding(size: int) -> int:
+    out = -(-(size - 1) // 2) + 1
+    if (out - 1) * 2 >= size + 1:
+      out -= 1
+    return (out - 1) * 2 + 3 - size - 1
+
+  padding = [(1, right_padding(size)) for size in x.shape[1:3]]
+  return nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
+
+
+def _interpolation_matrix(size_in: int, size_out: int) -> np.ndarray:
+  """Rows of weights of align_corners=True linear interpolation, float64."""
+  matrix = np.zeros((size_out, size_in))
+  scale = (size_in - 1) / (size_out - 1) if size_out > 1 else 0.0
+  position = np.arange(size_out) * scale
+  low = np.minimum(np.floor(position).astype(int), size_in - 1)
+  high = np.minimum(low + 1, size_in - 1)
+  fraction = position - low
+  np.add.at(matrix, (np.arange(size_out), low), 1 - fraction)
+  np.add.at(matrix, (np.arange(size_out), high), fraction)
+  return matrix
+
+
+def resize_bilinear(x: Array, size: Sequence[int]) -> Array:
+  """Bilinear resize with align_corners=True, as every resize of the network.
+
+  Two small matrix products instead of gathers: the gradient of a gather is a
+  scatter, which is slow on every accelerator.
+
+  Args:
+    x: [b, h, w, c] float.
+    size: the two output sizes.
+
+  Returns:
+    [b, *size, c] of at least float32.
+  """
+  height, width = size
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  x = x.astype(dtype)
+  # TPU matmuls default to bfloat16 inputs, which would blur the logits.
+  precision = jax.lax.Precision.HIGHEST
+  if x.shape[1] != height:
+    rows = jnp.asarray(_interpolation_matrix(x.shape[1], height), dtype)
+    x = jnp.einsum("Hh,bhwc->bHwc", rows, x, precision=precision)
+  if x.shape[2] != width:
+    cols = jnp.asarray(_interpolation_matrix(x.shape[2], width), dtype)
+    x = jnp.einsum("Ww,bhwc->bhWc", cols, x, precision=precision)
+  return x
+
+
+def resize_nearest(x: Array, size: Sequence[int]) -> Array:
+  """Nearest resize of [b, h, w, ...] by torch's floor rule.
+
+  Source index of output i is floor(i * size_in / size_out), in integers, which
+  is not the nearest point of the align_corners grid.
+  """
+  rows = np.arange(size[0]) * x.shape[1] // size[0]
+  cols = np.arange(size[1]) * x.shape[2] // size[1]
+  return x[:, rows][:, :, cols]

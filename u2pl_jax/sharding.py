@@ -1,0 +1,40 @@
+"""Where arrays live: the only file that builds a Mesh or a NamedSharding.
+
+One axis, 'data', over all devices. Batches are split along it, the state is
+replicated; a step sees global arrays, so its means and batch statistics are
+over the global batch whatever the number of devices.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+  """A mesh over `devices`, all devices by default."""
+  devices = jax.devices() if devices is None else devices
+  # Explicit axes, the default, reject gathers over sharded pixels.
+  return jax.make_mesh(
+    (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Every device holds everything."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharded(mesh: Mesh) -> NamedSharding:
+  """The first axis is split over the devices."""
+  return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict:
+  """This process's rows of a global batch -> global arrays on the devices."""
+  sharding = batch_sharded(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, value)
+    for name, value in batch.items()
+  }
