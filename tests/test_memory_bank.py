@@ -1,0 +1,78 @@
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from u2pl_jax import memory_bank
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+  st.lists(
+    st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)),
+    min_size=1,
+    max_size=8,
+  )
+)
+def test_queues_are_deques(counts_per_step):
+  """Wrap-around, more keys than capacity, empty classes, own capacities."""
+  capacities = (5, 3, 7)
+  bank = memory_bank.create(capacities, 2)
+  reference = [collections.deque(maxlen=c) for c in capacities]
+  number = 0
+  for counts in counts_per_step:
+    new = np.full((3, 9, 2), -1.0, np.float32)
+    for c, count in enumerate(counts):
+      for j in range(count):
+        number += 1
+        new[c, j] = number, -number
+        reference[c].append((number, -number))
+    bank = memory_bank.enqueue(
+      bank, jnp.asarray(new), jnp.asarray(counts, jnp.int32)
+    )
+    for c, queue in enumerate(reference):
+      expected = np.asarray(queue, np.float32).reshape(-1, 2)
+      np.testing.assert_array_equal(memory_bank.queue(bank, c), expected)
+
+
+def test_sample_takes_from_the_oldest():
+  bank = memory_bank.create((3, 2), 1)
+  new = jnp.asarray([[[1.0], [2], [3], [4]], [[9], [0], [0], [0]]])
+  bank = memory_bank.enqueue(bank, new, jnp.asarray([4, 1], jnp.int32))
+  keys = memory_bank.sample(
+    bank, jnp.asarray([[0, 1, 2, 3], [0, 1, 2, 3]], jnp.uint32)
+  )
+  # Class 0 holds 2, 3, 4 (1 was pushed out); class 1 holds 9 alone.
+  assert keys[..., 0].tolist() == [[2, 3, 4, 2], [9, 9, 9, 9]]
+
+
+def test_sampling_is_uniform():
+  bank = memory_bank.create((8,), 1)
+  bank = memory_bank.enqueue(
+    bank, jnp.arange(5.0).reshape(1, 5, 1), jnp.asarray([5], jnp.int32)
+  )
+  bits = jax.random.bits(jax.random.key(0), (1, 50_000), jnp.uint32)
+  values = np.asarray(memory_bank.sample(bank, bits)).astype(int).ravel()
+  # Standard deviation of a share: sqrt(.2 * .8 / 50000) = 0.0018.
+  np.testing.assert_allclose(np.bincount(values) / 50_000, 0.2, atol=0.008)
+
+
+def test_published_bank_size():
+  bank = jax.eval_shape(
+    lambda: memory_bank.create((50_000,) + (30_000,) * 20, 256)
+  )
+  assert bank.keys.shape == (650_000, 256)
+  assert bank.keys.size * 4 == 665_600_000
+  assert bank.offsets[:3].tolist() == [0, 50_000, 80_000]
+
+
+def test_enqueue_keeps_the_dtype_of_the_bank():
+  bank = memory_bank.create((4,), 2, jnp.bfloat16)
+  bank = memory_bank.enqueue(
+    bank, jnp.full((1, 1, 2), 1.5), jnp.asarray([1], jnp.int32)
+  )
+  assert bank.keys.dtype == jnp.bfloat16
+  assert memory_bank.queue(bank, 0).tolist() == [[1.5, 1.5]]
