@@ -1,0 +1,435 @@
+"""Streams of batches: an endless one to train on, a finite one to evaluate.
+
+The order of images and all random draws follow from the seed and the number of
+the batch alone. Threads, processes and hosts only share out the work.
+"""
+
+import collections
+import dataclasses
+import multiprocessing
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import connection
+
+import cv2
+import grain
+import numpy as np
+from absl import flags
+
+from input_pipeline import decode, errors, splits, transforms
+
+Batch = dict[str, np.ndarray]
+
+# Key of an element that carries the text of a DataError in place of data. As
+# data it passes through grain's threads and processes unchanged and in order,
+# where an exception would come out wrapped, or with a foreign traceback.
+_ERROR = "error"
+
+
+def make_train_stream(
+  layout: splits.Layout,
+  ids: Sequence[str],
+  transform: transforms.TrainTransform,
+  *,
+  batch_size: int,
+  seed: int,
+  start_batch: int = 0,
+  with_labels: bool,
+  num_classes: int,
+  ignore_label: int = 255,
+  num_workers: int = 0,
+  num_threads: int = 4,
+  prefetch: int = 4,
+  shard_index: int = 0,
+  shard_count: int = 1,
+) -> Iterator[Batch]:
+  """An endless stream of augmented batches.
+
+  Every pass over the ids is a fresh permutation, and passes follow each other
+  without a gap: a batch may hold the end of one and the start of the next, and
+  may be larger than the list of ids. Batch k follows from `seed` and k alone,
+  so that a run that resumes with start_batch=k sees what the first run would
+  have seen, whatever num_workers, num_threads and prefetch are.
+
+  Close the stream, or use it in a `with` statement, to stop its threads and
+  processes. With num_workers > 0 the usual rule of multiprocessing holds: the
+  main module must be importable and guard its work by `__name__`.
+
+  Args:
+    layout: where the files are.
+    ids: the images.
+    transform: makes one crop, `(image, mask or None, rng) -> dict`.
+    batch_size: rows of the global batch.
+    seed: of order and augmentation, >= 0; give two streams different seeds.
+    start_batch: number of the first batch.
+    with_labels: whether to read masks; False never touches a mask file.
+    num_classes: valid labels are 0 ... num_classes - 1.
+    ignore_label: the one other label that masks may hold.
+    num_workers: processes that build batches; 0 builds them in this process.
+    num_threads: threads per process; 0 with num_workers=0 builds each batch
+      when it is asked for.
+    prefetch: batches to keep ready, raised to num_threads.
+    shard_index: which contiguous rows of every global batch to build here.
+    shard_count: into how many parts the global batch is cut. The parts put one
+      behind the other are the batch of shard_count=1.
+
+  Returns:
+    An iterator with close(), a context manager. It yields image uint8
+    [b, h, w, 3], label uint8 [b, h, w] (with_labels only), valid_box int32
+    [b, 4] and index int32 [b], with b = batch_size / shard_count.
+
+  Raises:
+    DataError: `ids` is empty. While iterating: a file is missing or bad.
+    ValueError: an argument is out of range.
+  """
+  if not ids:
+    raise errors.DataError("there are no images to train on: the list is empty")
+  _check_counts(
+    batch_size=(batch_size, 1),
+    seed=(seed, 0),
+    start_batch=(start_batch, 0),
+    num_workers=(num_workers, 0),
+    num_threads=(num_threads, 0),
+    prefetch=(prefetch, 0),
+    shard_count=(shard_count, 1),
+  )
+  if not 0 <= shard_index < shard_count:
+    raise ValueError(f"shard_index {shard_index} must be in 0 ... shard_count")
+  if batch_size % shard_count:
+    raise ValueError(
+      f"batch_size {batch_size} must be a multiple of shard_count {shard_count}"
+    )
+  load = _LoadTrainExample(
+    layout, tuple(ids), transform, with_labels, num_classes, ignore_label
+  )
+  rows_here = batch_size // shard_count
+  # Seeds of our own, not grain's default ones: those depend on how many
+  # operations stand in the chain below.
+  shuffle_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2)
+  # grain keys the rng of random_map by the position in the endless stream, so
+  # that the next pass over an image draws another crop.
+  records = (
+    grain.MapDataset.range(len(ids))
+    .shuffle(seed=int(shuffle_seed))
+    .repeat()
+    .random_map(load, seed=int(augment_seed))
+  )
+  records = _HostRows(
+    records,
+    batch_size=batch_size,
+    first_row=shard_index * rows_here,
+    num_rows=rows_here,
+  )
+  # Batches are whole before processes take turns, so that the number of
+  # processes does not change them.
+  batches = records.batch(rows_here, batch_fn=_stack)[start_batch:]
+  stream = batches.to_iter_dataset(_read_options(num_threads, prefetch))
+  if num_workers:
+    _let_grain_read_its_flags()
+    stream = stream.mp_prefetch(
+      grain.MultiprocessingOptions(
+        num_workers=num_workers,
+        per_worker_buffer_size=max(1, prefetch // num_workers),
+      ),
+      worker_init_fn=_init_worker,
+    )
+  return _Stream(iter(stream), copy=num_workers > 0)
+
+
+def make_eval_stream(
+  layout: splits.Layout,
+  ids: Sequence[str],
+  *,
+  batch_size: int,
+  pad_to: tuple[int, int] | None = None,
+  num_classes: int,
+  ignore_label: int = 255,
+  with_labels: bool = True,
+  num_threads: int = 4,
+  prefetch: int = 4,
+) -> Iterator[Batch]:
+  """A finite stream of whole images, each exactly once and in order.
+
+  Images are padded at the bottom and on the right. Without `pad_to` they are
+  not padded but batched by size: sizes come in the order of their first image,
+  and the images of a size in the order of `ids`. A batch that is not full
+  repeats its last image, with is_real False and all labels ignored.
+
+  Args:
+    layout: where the files are.
+    ids: the images.
+    batch_size: rows of every batch.
+    pad_to: (h, w) of every batch, or None.
+    num_classes: valid labels are 0 ... num_classes - 1.
+    ignore_label: the one other label that masks may hold; label of the padding.
+    with_labels: whether to read masks; False never touches a mask file.
+    num_threads: threads that build batches; 0 builds them when asked for.
+    prefetch: batches to keep ready, raised to num_threads.
+
+  Returns:
+    An iterator with close(), a context manager. It yields image uint8
+    [b, h, w, 3], label uint8 [b, h, w] (with_labels only), valid_box int32
+    [b, 4], index int32 [b] and is_real bool [b].
+
+  Raises:
+    DataError: `ids` is empty, an image is missing, unreadable or larger than
+      `pad_to`. While iterating: a file is missing or bad.
+    ValueError: an argument is out of range.
+  """
+  if not ids:
+    raise errors.DataError("there are no images to evaluate: the list is empty")
+  _check_counts(
+    batch_size=(batch_size, 1),
+    num_threads=(num_threads, 0),
+    prefetch=(prefetch, 0),
+  )
+  plan = _plan_eval(layout, ids, batch_size=batch_size, pad_to=pad_to)
+  load = _LoadEvalBatch(
+    layout, tuple(ids), batch_size, with_labels, num_classes, ignore_label
+  )
+  batches = grain.MapDataset.source(plan).map(load)
+  stream = batches.to_iter_dataset(_read_options(num_threads, prefetch))
+  return _Stream(iter(stream))
+
+
+class _Stream:
+  """Iterates over a grain dataset; raises errors and stops threads for it."""
+
+  def __init__(self, iterator: grain.DatasetIterator, *, copy: bool = False):
+    # The threads and processes here are the parallelism; OpenCV's own threads
+    # would only compete with them.
+    cv2.setNumThreads(1)
+    # A list, to take the iterator out of: grain's iterators clean up once more
+    # when they are deleted, which at exit comes too late and prints tracebacks.
+    self._open = [iterator]
+    self._copy = copy
+    # Runs at close, when nobody holds the stream any more, or at exit while
+    # modules are still there.
+    self._finalize = weakref.finalize(self, _close_all, self._open)
+
+  def __iter__(self) -> "_Stream":
+    return self
+
+  def __next__(self) -> Batch:
+    if not self._open:
+      raise ValueError("the stream of batches is closed")
+    batch = next(self._open[0])
+    if _ERROR in batch:
+      self.close()
+      raise errors.DataError(batch[_ERROR])
+    if self._copy:
+      # Batches of another process lie in shared memory that ends with the
+      # array: a device could still be reading it, and what is alive when the
+      # interpreter exits prints a traceback.
+      batch = {key: np.array(value) for key, value in batch.items()}
+    return batch
+
+  def close(self) -> None:
+    """Stops threads and processes; closing twice is fine."""
+    self._finalize()
+
+  def __enter__(self) -> "_Stream":
+    return self
+
+  def __exit__(self, *unused_exception) -> None:
+    self.close()
+
+
+def _close_all(iterators: list[grain.DatasetIterator]) -> None:
+  while iterators:
+    iterators.pop().close()
+
+
+class _HostRows(grain.MapDataset):
+  """Of every `batch_size` elements, the `num_rows` from `first_row` on.
+
+  Elements are looked up when they are asked for, so that rows of other hosts
+  cost nothing, and keep the position that keys their rng.
+  """
+
+  def __init__(
+    self,
+    parent: grain.MapDataset,
+    *,
+    batch_size: int,
+    first_row: int,
+    num_rows: int,
+  ):
+    super().__init__(parent)
+    self._batch_size = batch_size
+    self._first_row = first_row
+    self._num_rows = num_rows
+
+  def __len__(self) -> int:
+    # Endless in practice, yet below sys.maxsize by more than the rounding of
+    # grain's float arithmetic on lengths.
+    return sys.maxsize // (2 * self._batch_size) * self._num_rows
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return self.slice(index)
+    batch, row = divmod(index, self._num_rows)
+    return self._parent[batch * self._batch_size + self._first_row + row]
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadTrainExample:
+  """(position in ids, rng) -> one example, or the text of its error."""
+
+  layout: splits.Layout
+  ids: tuple[str, ...]
+  transform: Callable[..., dict[str, np.ndarray]]
+  with_labels: bool
+  num_classes: int
+  ignore_label: int
+
+  def __call__(self, index: int, rng: np.random.Generator) -> Mapping:
+    try:
+      image, mask = _load(self, self.ids[index])
+    except errors.DataError as error:
+      return {_ERROR: str(error)}
+    example = self.transform(image, mask, rng)
+    return {**example, "index": np.int32(index)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalBatch:
+  """Which images make a batch, and the size they are padded to."""
+
+  indices: tuple[int, ...]
+  size: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadEvalBatch:
+  """_EvalBatch -> batch, or the text of its error."""
+
+  layout: splits.Layout
+  ids: tuple[str, ...]
+  batch_size: int
+  with_labels: bool
+  num_classes: int
+  ignore_label: int
+
+  def __call__(self, plan: _EvalBatch) -> Mapping:
+    num_real = len(plan.indices)
+    shape = (self.batch_size, *plan.size)
+    image = np.zeros((*shape, 3), np.uint8)
+    label = np.full(shape, self.ignore_label, np.uint8)
+    valid_box = np.zeros((self.batch_size, 4), np.int32)
+    index = np.empty(self.batch_size, np.int32)
+    for row, position in enumerate(plan.indices):
+      try:
+        photo, mask = _load(self, self.ids[position])
+      except errors.DataError as error:
+        return {_ERROR: str(error)}
+      h, w = photo.shape[:2]
+      if h > plan.size[0] or w > plan.size[1]:
+        path = self.layout.image_path(self.ids[position])
+        return {
+          _ERROR: f"{path}: the image is {h}x{w} (height x width), not what its"
+          " header says; save it again"
+        }
+      image[row, :h, :w] = photo
+      if mask is not None:
+        label[row, :h, :w] = mask
+      valid_box[row] = 0, 0, h, w
+      index[row] = position
+    for filled in (image, valid_box, index):
+      filled[num_real:] = filled[num_real - 1]
+    batch = {
+      "image": image,
+      "valid_box": valid_box,
+      "index": index,
+      "is_real": np.arange(self.batch_size) < num_real,
+    }
+    if self.with_labels:
+      batch["label"] = label
+    return batch
+
+
+def _plan_eval(
+  layout: splits.Layout,
+  ids: Sequence[str],
+  *,
+  batch_size: int,
+  pad_to: tuple[int, int] | None,
+) -> list[_EvalBatch]:
+  groups = collections.defaultdict(list)
+  for position, (h, w) in enumerate(decode.image_sizes(layout, ids)):
+    if pad_to is None:
+      groups[h, w].append(position)
+      continue
+    if h > pad_to[0] or w > pad_to[1]:
+      raise errors.DataError(
+        f"{layout.image_path(ids[position])}: the image is {h}x{w} (height x"
+        f" width), larger than eval.pad_to {pad_to[0]}x{pad_to[1]}; raise"
+        " eval.pad_to to the largest image, or set it to None"
+      )
+    groups[tuple(pad_to)].append(position)
+  return [
+    _EvalBatch(tuple(positions[start : start + batch_size]), size)
+    for size, positions in groups.items()
+    for start in range(0, len(positions), batch_size)
+  ]
+
+
+def _load(
+  job: _LoadTrainExample | _LoadEvalBatch, id: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+  if not job.with_labels:
+    return decode.decode_image(job.layout.image_path(id)), None
+  return decode.decode_pair(
+    job.layout,
+    id,
+    num_classes=job.num_classes,
+    ignore_label=job.ignore_label,
+  )
+
+
+def _stack(examples: Sequence[Mapping]) -> Mapping:
+  for example in examples:
+    if _ERROR in example:
+      return example
+  return {
+    key: np.stack([example[key] for example in examples]) for key in examples[0]
+  }
+
+
+def _read_options(num_threads: int, prefetch: int) -> grain.ReadOptions:
+  # A buffer smaller than the number of threads would leave threads idle; grain
+  # warns about it.
+  buffer = max(prefetch, num_threads) if num_threads else 0
+  return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer)
+
+
+def _check_counts(**counts: tuple[int, int]) -> None:
+  for name, (value, lowest) in counts.items():
+    if value < lowest:
+      raise ValueError(f"{name} is {value}; it must be at least {lowest}")
+
+
+def _let_grain_read_its_flags() -> None:
+  # Before it starts a process grain asks for a flag of its own, which absl
+  # answers only once main has parsed flags: not in a test or a notebook.
+  name = "grain_enable_multiprocess_worker_profiling"
+  if name in flags.FLAGS and not flags.FLAGS.is_parsed():
+    flags.FLAGS[name].present = 1
+
+
+def _init_worker(worker_index: int, worker_count: int) -> None:
+  del worker_index, worker_count
+  cv2.setNumThreads(1)
+  # grain's workers wait for ever for a parent that was killed; a run that is
+  # preempted must not leave them behind.
+  threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+  parent = multiprocessing.parent_process()
+  if parent is not None:
+    connection.wait([parent.sentinel])
+    os._exit(1)
