@@ -47,6 +47,14 @@ def get_base_config() -> ml_collections.ConfigDict:
   dataset.validation_list = ""
   # Value in the masks that belongs to no class.
   dataset.ignore_label = 255
+  # For dataset.name='shapes' alone: how many images of each kind are drawn into
+  # dataset.root on first use, and the seed of the world.
+  dataset.shapes = shapes = ml_collections.ConfigDict()
+  shapes.seed = 0
+  shapes.num_labelled = 24
+  shapes.num_unlabelled = 500
+  shapes.num_val = 100
+  shapes.num_test = 200
 
   # -- Global batch and input --------------------------------------------------
   config.batch = batch = ml_collections.ConfigDict()

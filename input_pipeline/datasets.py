@@ -101,8 +101,8 @@ _VOC = DatasetInfo(
     "JPEGImages comes with PASCAL VOC 2012,"
     " http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ (VOCtrainval); the masks"
     " SegmentationClassAug are VOC's merged with SBD's, as distributed for"
-    " DeepLab (class indices, not colours); the lists are those of"
-    " https://github.com/Haochen-Wang409/U2PL, data/splitsall"
+    " DeepLab (class indices, not colours); the lists are data/splits/pascal of"
+    " https://github.com/Haochen-Wang409/U2PL"
   ),
 )
 
@@ -142,7 +142,27 @@ _CAMVID = DatasetInfo(
   ),
 )
 
-DATASETS: dict[str, DatasetInfo] = {info.name: info for info in (_VOC, _CAMVID)}
+# Drawn by `shapes.py`; the statistics are those of 1000 images of its default
+# world.
+_SHAPES = DatasetInfo(
+  name="shapes",
+  class_names=("ground", "plank", "tile", "leaf", "pebble", "wheel", "coin"),
+  palette=(
+    (0, 0, 0),
+    (220, 60, 60),
+    (60, 200, 60),
+    (230, 220, 60),
+    (60, 90, 230),
+    (200, 60, 220),
+    (255, 255, 255),
+  ),
+  mean=(108.7, 112.4, 109.7),
+  std=(45.8, 45.2, 46.4),
+)
+
+DATASETS: dict[str, DatasetInfo] = {
+  info.name: info for info in (_VOC, _CAMVID, _SHAPES)
+}
 
 
 def dataset_info(name: str) -> DatasetInfo:

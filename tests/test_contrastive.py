@@ -13,9 +13,7 @@ def test_class_ranks_break_ties_by_class_id():
 
 def test_membership():
   labels = jnp.asarray([[[0, 2, 255]]])
-  result = contrastive.class_membership(
-    labels, num_classes=3, ignore_label=255
-  )
+  result = contrastive.class_membership(labels, num_classes=3, ignore_label=255)
   assert result[0, 0].tolist() == [
     [True, False, False],
     [False, False, True],

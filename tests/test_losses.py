@@ -21,9 +21,9 @@ def test_cross_entropy_is_the_mean_over_labelled_pixels():
 
 def test_ignored_pixels_have_zero_gradient():
   labels = jnp.asarray([0, 255])
-  grad = jax.grad(
-    lambda x: losses.cross_entropy(x, labels, ignore_label=255)
-  )(logits_for([0.5, 0.25]))
+  grad = jax.grad(lambda x: losses.cross_entropy(x, labels, ignore_label=255))(
+    logits_for([0.5, 0.25])
+  )
   np.testing.assert_allclose(grad, [[-0.5, 0.5], [0, 0]], atol=1e-6)
 
 

@@ -61,9 +61,7 @@ def test_cutout_by_hand():
 
 def test_classmix_keeps_half_of_the_classes():
   labels = jnp.asarray([[[0, 1], [2, 255]], [[3, 3], [3, 3]]])
-  scores = jnp.asarray(
-    [[0.1, 0.9, 0.2, 0.99, 0.8], [0.5, 0.5, 0.5, 0.5, 0.5]]
-  )
+  scores = jnp.asarray([[0.1, 0.9, 0.2, 0.99, 0.8], [0.5, 0.5, 0.5, 0.5, 0.5]])
   draw = strong.MixDraw(jnp.asarray(True), None, scores)
   _, mixed, _, keep = apply("classmix", draw, labels)
   # Of 0, 1, 2 and ignore (slot 4) the two best are 1 and ignore; a single class
@@ -83,9 +81,17 @@ def test_coin_says_no(mix):
 
 def test_coin_has_the_probability():
   draws = jax.vmap(
-    lambda key: strong.draw_mix(
-      key, "cutmix", probability=0.3, batch=1, height=9, width=9, num_classes=2
-    ).apply
+    lambda key: (
+      strong.draw_mix(
+        key,
+        "cutmix",
+        probability=0.3,
+        batch=1,
+        height=9,
+        width=9,
+        num_classes=2,
+      ).apply
+    )
   )(jax.random.split(jax.random.key(3), 4000))
   assert abs(draws.mean() - 0.3) < 0.03
 

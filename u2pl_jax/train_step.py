@@ -214,7 +214,7 @@ def supervised_step(
   metrics = {
     "sup_loss": sup_loss,
     "total_loss": sup_loss,
-    "grad_norm": optax.global_norm(grads),
+    "grad_norm": optax.tree.norm(grads),
     "pixel_accuracy_l": _accuracy(outputs.logits, labels, recipe),
   }
   state = state.replace(
@@ -391,7 +391,7 @@ def semi_supervised_step(
     "unsup_loss": unsup_loss,
     "contra_loss": contrast.loss,
     "total_loss": total_loss,
-    "grad_norm": optax.global_norm(grads),
+    "grad_norm": optax.tree.norm(grads),
     "pixel_accuracy_l": _accuracy(outputs.logits[:num_l], labels_l, recipe),
     "alpha": alpha,
     "ema_decay": decay,

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Lint, format and tests, from a bare clone:
+#
+#   bash scripts/test.sh [--slow] [pytest arguments]
+#
+# Tests marked slow run with --slow, or where CI is set.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+slow="${CI:+yes}"
+arguments=()
+for argument in "$@"; do
+  if [[ "$argument" == "--slow" ]]; then
+    slow=yes
+  else
+    arguments+=("$argument")
+  fi
+done
+# Before the caller's arguments: their -m, if any, is the one that counts.
+if [[ -z "$slow" ]]; then
+  arguments=(-m "not slow" ${arguments[@]+"${arguments[@]}"})
+fi
+
+prepare_venv test
+# Paths among the arguments are the caller's only in the repository root.
+cd "$ROOT"
+"$VENV_PYTHON" -m ruff check --quiet .
+"$VENV_PYTHON" -m ruff format --quiet --diff .
+exec "$VENV_PYTHON" -m pytest ${arguments[@]+"${arguments[@]}"}

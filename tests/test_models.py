@@ -1,0 +1,254 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from u2pl_jax.models import layers, torch_weights
+from u2pl_jax.models.deeplab import DeepLab
+from u2pl_jax.models.pretrained import load_pretrained
+from u2pl_jax.models.resnet import BACKBONES
+
+# (backbone, stem): parameters of the encoder. The conv7 numbers are those of
+# torchvision's ResNets without their classifier.
+ENCODER_PARAMETERS = {
+  ("resnet18", "conv7"): 11_176_512,
+  ("resnet34", "conv7"): 21_284_672,
+  ("resnet50", "conv7"): 23_508_032,
+  ("resnet101", "conv7"): 42_500_160,
+  ("resnet152", "conv7"): 58_143_808,
+  ("tiny", "conv7"): 309_456,
+  ("resnet18", "deep"): 11_324_992,
+  ("resnet34", "deep"): 21_433_152,
+  ("resnet50", "deep"): 23_631_808,
+  ("resnet101", "deep"): 42_623_936,
+  ("resnet152", "deep"): 58_267_584,
+  ("tiny", "deep"): 317_392,
+}
+# (head, auxiliary): parameters of everything, ResNet-101, 21 classes. The first
+# is the published network's.
+R101_PARAMETERS = {
+  ("deeplabv3plus", False): 64_459_989,
+  ("deeplabv3plus", True): 66_825_450,
+  ("deeplabv3", False): 62_032_853,
+}
+
+
+def abstract_variables(**kwargs):
+  model = DeepLab(21, **kwargs)
+  return jax.eval_shape(
+    lambda: model.init(
+      jax.random.key(0), jnp.zeros((1, 65, 65, 3)), train=False
+    )
+  )
+
+
+def count(tree):
+  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def test_every_backbone_is_in_the_table():
+  assert {name for name, _ in ENCODER_PARAMETERS} == set(BACKBONES)
+
+
+@pytest.mark.parametrize("backbone,stem", ENCODER_PARAMETERS)
+def test_encoder_parameters(backbone, stem):
+  variables = abstract_variables(backbone=backbone, stem=stem)
+  expected = ENCODER_PARAMETERS[backbone, stem]
+  assert count(variables["params"]["encoder"]) == expected
+
+
+@pytest.mark.parametrize("head,auxiliary", R101_PARAMETERS)
+def test_whole_parameters(head, auxiliary):
+  variables = abstract_variables(head=head, auxiliary=auxiliary)
+  assert count(variables["params"]) == R101_PARAMETERS[head, auxiliary]
+
+
+@pytest.mark.parametrize(
+  ("size", "stride", "grid"),
+  [(513, 8, 129), (769, 8, 193), (65, 8, 17), (64, 8, 17), (321, 16, 81)],
+)
+def test_feature_grid(size, stride, grid):
+  """Ceil-mode pooling: 513 -> 257 -> 129, but 64 -> 32 -> 17."""
+  model = DeepLab(6, backbone="resnet50", output_stride=stride, auxiliary=True)
+
+  def run():
+    images = jnp.zeros((2, size, size, 3))
+    variables = model.init(jax.random.key(0), images, train=False)
+    return model.apply(variables, images, train=False)
+
+  outputs = jax.eval_shape(run)
+  assert outputs.logits.shape == (2, grid, grid, 6)
+  assert outputs.reps.shape == (2, grid, grid, 256)
+  stage3 = (grid + 1) // 2 if stride == 8 else (grid + 3) // 4
+  assert outputs.aux_logits.shape == (2, stage3, stage3, 6)
+
+
+def test_bfloat16_network_has_float32_parameters_and_outputs():
+  model = DeepLab(6, backbone="tiny", dtype=jnp.bfloat16)
+
+  def run():
+    images = jnp.zeros((2, 33, 33, 3))
+    variables = model.init(jax.random.key(0), images, train=False)
+    return variables, model.apply(variables, images, train=False)
+
+  variables, outputs = jax.eval_shape(run)
+  assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {
+    jnp.dtype("float32")
+  }
+  assert outputs.logits.dtype == outputs.reps.dtype == jnp.float32
+
+
+def test_max_pool_ceil_by_hand():
+  x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+  # Windows begin at -1, 1, 3: the last one holds index 3 alone.
+  expected = [[5, 7, 7], [13, 15, 15], [13, 15, 15]]
+  assert layers.max_pool_ceil(x)[0, ..., 0].tolist() == expected
+  assert layers.max_pool_ceil(-x)[0, 0, 0, 0] == 0  # padding is no 0
+  assert layers.max_pool_ceil(x[:, :3, :3]).shape == (1, 2, 2, 1)
+
+
+def test_batch_norm_by_hand():
+  x = jnp.asarray([1.0, 3.0]).reshape(2, 1, 1, 1)
+  norm = layers.BatchNorm()
+  variables = norm.init(jax.random.key(0), x, train=True)
+  y, new = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+  # Mean 2, biased variance 1 normalises; unbiased variance 2 is stored.
+  np.testing.assert_allclose(y.ravel(), [-1, 1], rtol=1e-5)
+  np.testing.assert_allclose(new["batch_stats"]["mean"], [0.2], rtol=1e-6)
+  np.testing.assert_allclose(
+    new["batch_stats"]["var"], [0.9 + 0.1 * 2], rtol=1e-6
+  )
+  evaluated = norm.apply(variables, x, train=False)
+  np.testing.assert_allclose(evaluated.ravel(), [1, 3], rtol=1e-5)
+
+
+def test_batch_norm_refuses_a_single_value():
+  norm = layers.BatchNorm()
+  x = jnp.ones((1, 1, 1, 4))
+  variables = norm.init(jax.random.key(0), x, train=True)
+  with pytest.raises(ValueError, match="two images"):
+    norm.apply(variables, x, train=True, mutable=["batch_stats"])
+
+
+def test_resize_bilinear_by_hand():
+  x = jnp.asarray([[0.0, 2.0], [4.0, 6.0]]).reshape(1, 2, 2, 1)
+  y = layers.resize_bilinear(x, (3, 5))[0, ..., 0]
+  np.testing.assert_allclose(y[0], [0, 0.5, 1, 1.5, 2], rtol=1e-6)
+  np.testing.assert_allclose(y[:, 0], [0, 2, 4], rtol=1e-6)
+  one = layers.resize_bilinear(jnp.full((1, 1, 1, 1), 7.0), (4, 3))
+  assert (one == 7).all()
+
+
+def test_resize_nearest_is_torchs_floor_rule():
+  x = jnp.arange(5).reshape(1, 5, 1)
+  assert layers.resize_nearest(x, (3, 1)).ravel().tolist() == [0, 1, 3]
+  assert layers.resize_nearest(x, (7, 1)).ravel().tolist() == [
+    0, 0, 1, 2, 2, 3, 4,
+  ]  # fmt: skip
+
+
+def test_dropout_drops_whole_channels_in_training_only():
+  model = DeepLab(3, backbone="tiny", dropout=0.5)
+  images = jax.random.normal(jax.random.key(1), (2, 33, 33, 3))
+  variables = model.init(jax.random.key(0), images, train=False)
+
+  def run(seed):
+    return model.apply(
+      variables,
+      images,
+      train=True,
+      mutable=["batch_stats"],
+      rngs={"dropout": jax.random.key(seed)},
+    )[0].logits
+
+  assert (run(0) == run(0)).all()
+  assert (run(0) != run(1)).any()
+
+
+def test_state_dict_round_trip_is_exact():
+  model = DeepLab(3, backbone="resnet18", auxiliary=True)
+  shapes = jax.eval_shape(
+    lambda: model.init(
+      jax.random.key(0), jnp.zeros((1, 33, 33, 3)), train=False
+    )
+  )
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda s: rng.standard_normal(s.shape).astype(np.float32), shapes
+  )
+  state = torch_weights.to_state_dict(variables)
+  assert state["encoder.layer4.1.conv2.weight"].shape == (512, 512, 3, 3)
+  assert "decoder.aspp.conv1.2.running_var" in state
+  back, unused = torch_weights.load_state_dict(shapes, state)
+  assert unused == []
+  jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+@pytest.fixture(scope="module")
+def tiny_variables():
+  model = DeepLab(3, backbone="tiny")
+  return jax.jit(model.init, static_argnames="train")(
+    jax.random.key(0), jnp.zeros((1, 33, 33, 3)), train=False
+  )
+
+
+def write_encoder(path, variables, **changes):
+  state = {
+    name.removeprefix("encoder."): value + 1
+    for name, value in torch_weights.to_state_dict(variables).items()
+    if name.startswith("encoder.")
+  }
+  state["fc.weight"] = np.zeros((10, 10), np.float32)
+  for name, value in changes.items():
+    if value is None:
+      del state[name]
+    else:
+      state[name] = value
+  np.savez(path, **state)
+  return str(path)
+
+
+def test_pretrained_replaces_the_encoder_and_nothing_else(
+  tmp_path, tiny_variables
+):
+  path = write_encoder(tmp_path / "w.npz", tiny_variables)
+  loaded = load_pretrained(tiny_variables, path=path)
+  for collection in ("params", "batch_stats"):
+    old, new = tiny_variables[collection], loaded[collection]
+    jax.tree.map(
+      lambda a, b: np.testing.assert_array_equal(a + 1, b),
+      old["encoder"],
+      new["encoder"],
+    )
+    jax.tree.map(np.testing.assert_array_equal, old["decoder"], new["decoder"])
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"layer1.0.conv1.weight": None}, "layer1.0.conv1.weight is missing"),
+    (
+      {"bn1.weight": np.zeros(31, np.float32)},
+      r"bn1.weight has shape \(31,\), expected \(32,\)",
+    ),
+    ({"bn1.bias": np.full(32, np.nan, np.float32)}, "not finite"),
+  ],
+)
+def test_pretrained_that_does_not_fit(
+  tmp_path, tiny_variables, changes, message
+):
+  path = write_encoder(tmp_path / "w.npz", tiny_variables, **changes)
+  with pytest.raises(ValueError, match=message) as error:
+    load_pretrained(tiny_variables, path=path)
+  assert path in str(error.value)
+
+
+def test_pretrained_file_errors(tmp_path, tiny_variables):
+  with pytest.raises(ValueError, match="no such file"):
+    load_pretrained(tiny_variables, path=str(tmp_path / "none.npz"))
+  text = tmp_path / "text.npz"
+  text.write_text("hello")
+  with pytest.raises(ValueError, match="not a readable"):
+    load_pretrained(tiny_variables, path=str(text))
+  with pytest.raises(ValueError, match="must be a .npz"):
+    load_pretrained(tiny_variables, path="resnet101.bin")

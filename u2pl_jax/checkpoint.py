@@ -1,0 +1,288 @@
+"""Checkpoints in workdir/checkpoints: the only file that imports orbax.
+
+One folder a step with two items: `state`, the whole `TrainState` under the
+names of its fields, and `meta`, the few numbers the loop needs besides. The
+input needs no item of its own, since batch k is a function of (seed, k).
+
+A save is asynchronous and atomic: orbax writes into a folder with another name
+and renames it. What a killed process leaves under such a name is removed by the
+next manager; what is damaged later is skipped here.
+"""
+
+import dataclasses
+import logging
+import pathlib
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+# Damaged checkpoints are moved here, out of the way of the step that will be
+# saved under the same number.
+UNREADABLE_FOLDER = "unreadable_checkpoints"
+
+
+class CheckpointError(ValueError):
+  """One line that names the checkpoint and the fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+  """What the loop must know besides the state.
+
+  Attributes:
+    step: updates done.
+    best_miou: highest mIoU of all evaluations up to this step, if any.
+    best_step: the step that had it.
+    config: digest of the config without the keys that may change.
+    lists: digest of the lists of images.
+  """
+
+  step: int
+  best_miou: float | None
+  best_step: int | None
+  config: str
+  lists: str
+
+
+class _LatestAndBest:
+  """Orbax's `PreservationPolicy`: the newest `keep` and the best."""
+
+  def __init__(self, keep: int):
+    self.keep = keep
+    self.best_step: int | None = None
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    newest = sorted(steps)[-self.keep :]
+    return [step in newest or step == self.best_step for step in steps]
+
+
+class Checkpoints:
+  """Saves and restores the states of one run."""
+
+  def __init__(self, workdir: pathlib.Path, *, keep: int):
+    """Opens the folder, which is created at need.
+
+    Args:
+      workdir: of the run.
+      keep: how many of the newest checkpoints stay, beside the best.
+    """
+    self._workdir = workdir
+    self.directory = (workdir / FOLDER).absolute()
+    self._policy = _LatestAndBest(keep)
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      item_handlers={
+        "state": ocp.StandardCheckpointHandler(),
+        "meta": ocp.JsonCheckpointHandler(),
+      },
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=self._policy,
+        cleanup_tmp_directories=True,
+        # Reads nothing of the existing steps, of which one may be damaged.
+        lightweight_initialize=True,
+      ),
+    )
+
+  def steps(self) -> tuple[int, ...]:
+    """The steps that have a checkpoint, readable or not, oldest first."""
+    return tuple(sorted(self._manager.all_steps()))
+
+  def save(self, state: Any, meta: Meta) -> None:
+    """Begins to save; returns when the state may be donated.
+
+    Waits for the previous save, whose error, if any, is raised here.
+
+    Args:
+      state: pytree of arrays.
+      meta: of the same step; `meta.best_step` decides which old checkpoint is
+        kept as the best.
+    """
+    self._policy.best_step = meta.best_step
+    stored_meta = {**dataclasses.asdict(meta), "checksum": _checksum(state)}
+    self._manager.save(
+      meta.step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(_to_tree(state)),
+        meta=ocp.args.JsonSave(stored_meta),
+      ),
+      # Without it a step that is not the newest would be left out silently.
+      force=True,
+    )
+
+  def restore_latest(
+    self, like: Any, *, config: str, lists: str
+  ) -> tuple[Any, Meta] | None:
+    """Restores the newest checkpoint that can be read.
+
+    Newer ones that cannot be read are moved to UNREADABLE_FOLDER.
+
+    Args:
+      like: `jax.ShapeDtypeStruct`s with shardings, in the structure of the
+        state.
+      config, lists: digests that the checkpoint must have, see `Meta`.
+
+    Returns:
+      (state, meta), or None if there is no checkpoint at all.
+
+    Raises:
+      CheckpointError: there are checkpoints but none is readable; or one is of
+        another config, other lists or another network.
+    """
+    unreadable: dict[int, str] = {}
+    for step in reversed(self.steps()):
+      try:
+        meta, checksum = self._read_meta(step)
+        stored = self._read_structure(step)
+      except Exception as error:  # Damage shows as a dozen types of errors.
+        unreadable[step] = _first_line(error)
+        continue
+      self._check_belongs(meta, stored, like, config=config, lists=lists)
+      try:
+        state = self._read_state(step, like)
+        if _checksum(state) != checksum:
+          raise ValueError("the bytes are not those that were saved")
+      except Exception as error:
+        unreadable[step] = _first_line(error)
+        continue
+      if unreadable:
+        self._set_aside(unreadable, used=step)
+      return state, meta
+    if unreadable:
+      newest, reason = next(iter(unreadable.items()))
+      raise CheckpointError(
+        f"{self.directory}: none of the {len(unreadable)} checkpoints can be"
+        f" read (step {newest}: {reason}): repair the folder, or start anew"
+        " with another --workdir"
+      )
+    return None
+
+  def wait(self) -> None:
+    """Returns when the last save is complete on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits for the last save and stops the threads."""
+    self._manager.close()
+
+  def _read_meta(self, step: int) -> tuple[Meta, int]:
+    """Meta data and the checksum of the state."""
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    stored = dict(self._manager.restore(step, args=args).meta)
+    checksum = stored.pop("checksum")
+    meta = Meta(**stored)
+    if meta.step != step:
+      raise ValueError(f"its meta data are of step {meta.step}")
+    return meta, checksum
+
+  def _read_structure(self, step: int) -> dict[str, tuple]:
+    """Shape and type of every array, by name."""
+    tree = self._manager.item_metadata(step).state.tree
+    leaves = traverse_util.flatten_dict(tree, sep="/")
+    return {k: (tuple(v.shape), str(v.dtype)) for k, v in leaves.items()}
+
+  def _read_state(self, step: int, like: Any) -> Any:
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(_to_tree(like)))
+    tree = self._manager.restore(step, args=args).state
+    arrays = traverse_util.flatten_dict(tree, sep="/")
+    names, _, treedef = _flatten(like)
+    return treedef.unflatten([arrays[name] for name in names])
+
+  def _check_belongs(
+    self, meta: Meta, stored: dict, like: Any, *, config: str, lists: str
+  ) -> None:
+    folder = self.directory / str(meta.step)
+    fix = "choose another --workdir, or remove the folder to start anew"
+    if meta.config != config:
+      raise CheckpointError(
+        f"{folder}: the checkpoint was made with another config: {fix}"
+      )
+    if meta.lists != lists:
+      raise CheckpointError(
+        f"{folder}: the lists of images have changed since this checkpoint:"
+        f" restore them, {fix}"
+      )
+    names, leaves, _ = _flatten(like)
+    wanted = {
+      name: (tuple(leaf.shape), str(leaf.dtype))
+      for name, leaf in zip(names, leaves, strict=True)
+    }
+    for name in sorted(stored.keys() | wanted.keys()):
+      if stored.get(name) != wanted.get(name):
+        raise CheckpointError(
+          f"{folder}: the checkpoint is of another network: {name} is"
+          f" {_describe(stored.get(name))} there and"
+          f" {_describe(wanted.get(name))} here: {fix}"
+        )
+
+  def _set_aside(self, unreadable: dict[int, str], *, used: int) -> None:
+    folder = self._workdir / UNREADABLE_FOLDER
+    newest, reason = next(iter(unreadable.items()))
+    logger.warning(
+      "checkpoint of step %s in %s cannot be read (%s): going on from step %d;"
+      " moved to %s",
+      ", ".join(map(str, unreadable)),
+      self.directory,
+      reason,
+      used,
+      folder,
+    )
+    if jax.process_index() == 0:
+      folder.mkdir(exist_ok=True)
+      for step in unreadable:
+        target = folder / str(step)
+        number = 1
+        while target.exists():
+          number += 1
+          target = folder / f"{step}_{number}"
+        (self.directory / str(step)).rename(target)
+    self._manager.reload()
+
+
+def _flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
+  """Names like 'student/params/encoder/...', leaves and structure."""
+  paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+  names = [
+    jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths
+  ]
+  return names, [leaf for _, leaf in paths], treedef
+
+
+def _to_tree(state: Any) -> dict:
+  """Plain nested dicts: readable without the classes of this program."""
+  names, leaves, _ = _flatten(state)
+  return traverse_util.unflatten_dict(
+    dict(zip(names, leaves, strict=True)), sep="/"
+  )
+
+
+def _checksum(state: Any) -> int:
+  """CRC-32 over all names and bytes.
+
+  Orbax notices what is missing or cut short, but not a flipped bit or a block
+  that a power cut left full of zeros. About a second a gigabyte.
+  """
+  names, leaves, _ = _flatten(state)
+  crc = 0
+  for name, leaf in zip(names, leaves, strict=True):
+    crc = zlib.crc32(name.encode(), crc)
+    array = np.ascontiguousarray(np.asarray(leaf))
+    crc = zlib.crc32(array.reshape(-1).view(np.uint8), crc)
+  return crc
+
+
+def _describe(array: tuple | None) -> str:
+  return "absent" if array is None else f"{array[1]}{list(array[0])}"
+
+
+def _first_line(error: Exception) -> str:
+  text = str(error).strip().splitlines()
+  return f"{type(error).__name__}: {text[0][:200] if text else ''}"
