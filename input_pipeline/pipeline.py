@@ -145,6 +145,7 @@ def make_eval_stream(
   *,
   batch_size: int,
   pad_to: tuple[int, int] | None = None,
+  center_crop: bool = False,
   num_classes: int,
   ignore_label: int = 255,
   with_labels: bool = True,
@@ -163,6 +164,8 @@ def make_eval_stream(
     ids: the images.
     batch_size: rows of every batch.
     pad_to: (h, w) of every batch, or None.
+    center_crop: pad on both sides alike, and cut what is larger than `pad_to`
+      down to its middle: the protocol of the published code.
     num_classes: valid labels are 0 ... num_classes - 1.
     ignore_label: the one other label that masks may hold; label of the padding.
     with_labels: whether to read masks; False never touches a mask file.
@@ -176,7 +179,7 @@ def make_eval_stream(
 
   Raises:
     DataError: `ids` is empty, an image is missing, unreadable or larger than
-      `pad_to`. While iterating: a file is missing or bad.
+      `pad_to` without `center_crop`. While iterating: a file is missing or bad.
     ValueError: an argument is out of range.
   """
   if not ids:
@@ -186,9 +189,23 @@ def make_eval_stream(
     num_threads=(num_threads, 0),
     prefetch=(prefetch, 0),
   )
-  plan = _plan_eval(layout, ids, batch_size=batch_size, pad_to=pad_to)
+  if center_crop and pad_to is None:
+    raise ValueError("center_crop needs the size of the crop in pad_to")
+  plan = _plan_eval(
+    layout,
+    ids,
+    batch_size=batch_size,
+    pad_to=pad_to,
+    center_crop=center_crop,
+  )
   load = _LoadEvalBatch(
-    layout, tuple(ids), batch_size, with_labels, num_classes, ignore_label
+    layout,
+    tuple(ids),
+    batch_size,
+    with_labels,
+    num_classes,
+    ignore_label,
+    center_crop,
   )
   batches = grain.MapDataset.source(plan).map(load)
   stream = batches.to_iter_dataset(_read_options(num_threads, prefetch))
@@ -313,6 +330,7 @@ class _LoadEvalBatch:
   with_labels: bool
   num_classes: int
   ignore_label: int
+  center_crop: bool
 
   def __call__(self, plan: _EvalBatch) -> Mapping:
     num_real = len(plan.indices)
@@ -326,6 +344,11 @@ class _LoadEvalBatch:
         photo, mask = _load(self, self.ids[position])
       except errors.DataError as error:
         return {_ERROR: str(error)}
+      top = left = 0
+      if self.center_crop:
+        photo, (top, left) = _cut_middle(photo, plan.size)
+        if mask is not None:
+          mask, _ = _cut_middle(mask, plan.size)
       h, w = photo.shape[:2]
       if h > plan.size[0] or w > plan.size[1]:
         path = self.layout.image_path(self.ids[position])
@@ -333,10 +356,11 @@ class _LoadEvalBatch:
           _ERROR: f"{path}: the image is {h}x{w} (height x width), not what its"
           " header says; save it again"
         }
-      image[row, :h, :w] = photo
+      box = np.s_[row, top : top + h, left : left + w]
+      image[box] = photo
       if mask is not None:
-        label[row, :h, :w] = mask
-      valid_box[row] = 0, 0, h, w
+        label[box] = mask
+      valid_box[row] = top, left, top + h, left + w
       index[row] = position
     for filled in (image, valid_box, index):
       filled[num_real:] = filled[num_real - 1]
@@ -351,19 +375,30 @@ class _LoadEvalBatch:
     return batch
 
 
+def _cut_middle(
+  pixels: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, tuple[int, int]]:
+  """The middle of an image, and where it lies in a canvas of `size`."""
+  h, w = pixels.shape[:2]
+  top, left = max(h - size[0], 0) // 2, max(w - size[1], 0) // 2
+  pixels = pixels[top : top + size[0], left : left + size[1]]
+  return pixels, (max(size[0] - h, 0) // 2, max(size[1] - w, 0) // 2)
+
+
 def _plan_eval(
   layout: splits.Layout,
   ids: Sequence[str],
   *,
   batch_size: int,
   pad_to: tuple[int, int] | None,
+  center_crop: bool,
 ) -> list[_EvalBatch]:
   groups = collections.defaultdict(list)
   for position, (h, w) in enumerate(decode.image_sizes(layout, ids)):
     if pad_to is None:
       groups[h, w].append(position)
       continue
-    if h > pad_to[0] or w > pad_to[1]:
+    if not center_crop and (h > pad_to[0] or w > pad_to[1]):
       raise errors.DataError(
         f"{layout.image_path(ids[position])}: the image is {h}x{w} (height x"
         f" width), larger than eval.pad_to {pad_to[0]}x{pad_to[1]}; raise"

@@ -437,3 +437,23 @@ def test_eval_image_that_outgrew_its_header(dataset, monkeypatch):
   )
   with pytest.raises(ip.DataError, match="24x32 .*not what its header says"):
     eval_batches(dataset)
+
+
+def test_center_crop_by_hand(tmp_path):
+  """3x7 into 5x4: a row of padding above and below, columns 1 to 4 of 7."""
+  layout = ip.Layout(tmp_path, image_suffix=".png")
+  for folder in (layout.image_dir, layout.mask_dir):
+    (tmp_path / folder).mkdir()
+  mask = np.arange(21, dtype=np.uint8).reshape(3, 7)
+  Image.fromarray(np.stack([mask] * 3, -1)).save(layout.image_path("a"))
+  Image.fromarray(mask).save(layout.mask_path("a"))
+  options = {"batch_size": 1, "num_classes": 21, "center_crop": True}
+  with ip.make_eval_stream(layout, ["a"], pad_to=(5, 4), **options) as stream:
+    (batch,) = stream
+  assert batch["valid_box"].tolist() == [[1, 0, 4, 4]]
+  np.testing.assert_array_equal(batch["label"][0, 1:4], mask[:, 1:5])
+  np.testing.assert_array_equal(batch["image"][0, 1:4, :, 0], mask[:, 1:5])
+  assert (batch["label"][0, [0, 4]] == 255).all()
+  assert not batch["image"][0, [0, 4]].any()
+  with pytest.raises(ValueError, match="center_crop"):
+    ip.make_eval_stream(layout, ["a"], **options)

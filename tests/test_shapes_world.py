@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline import dataset_info
-from input_pipeline import decode, errors, shapes, splits
+from input_pipeline import dataset_info, decode, errors, shapes, splits
 
 WORLD = shapes.World()
 COUNTS = {

@@ -157,7 +157,7 @@ def finished(root, tmp_path_factory, no_tensorflow):
   return workdir
 
 
-# -- A whole run -------------------------------------------------------------------
+# -- A whole run --
 
 
 def test_what_a_run_leaves(root, finished):
@@ -229,7 +229,7 @@ def test_finished_run_is_left_alone(root, finished, tmp_path, caplog):
   assert page.stat().st_mtime_ns == stamp
 
 
-# -- Going on -------------------------------------------------------------------
+# -- Going on --
 
 
 def test_interrupted_twice_equals_uninterrupted(
@@ -329,7 +329,7 @@ def test_another_config_without_config_file(root, finished, tmp_path):
   assert not (workdir / writers.CONFIG_FILE).exists()
 
 
-# -- The loop alone --------------------------------------------------------------
+# -- The loop alone --
 
 
 @pytest.fixture
@@ -364,7 +364,7 @@ def fake_steps(monkeypatch, no_tensorflow):
 
 @pytest.fixture
 def streams(monkeypatch):
-  """Records (labelled, first step) of the training streams and their closing."""
+  """Records (labelled, first step) of the train streams and their closing."""
   opened, closed = [], []
   open_stream = train._open_train_stream
 
@@ -434,6 +434,11 @@ def test_not_finite_stops(
   assert sorted(closed) == sorted(opened)
 
 
+def made_up(miou):
+  """What `train.evaluate` returns."""
+  return {"eval/miou": miou, "eval/pixel_accuracy": miou}
+
+
 @pytest.mark.parametrize(
   "every, expected", [(2, [8, 16, 20]), (1, [4, 8, 12, 16, 20])]
 )
@@ -452,7 +457,7 @@ def test_intervals_in_epochs(
     root, **{"eval.every_epochs": every, "checkpoint.every_epochs": 4}
   )
   miou = iter([0.3, 0.5, 0.4, 0.5, 0.6])
-  monkeypatch.setattr(train, "evaluate", lambda *_: {"eval/miou": next(miou)})
+  monkeypatch.setattr(train, "evaluate", lambda *_: made_up(next(miou)))
   train.train_and_evaluate(config, tmp_path)
   lines = read_metrics(tmp_path)
   assert [x["step"] for x in lines if "eval/miou" in x] == expected
@@ -465,7 +470,7 @@ def test_intervals_in_epochs(
 
 def test_best_and_latest_are_kept(root, tmp_path, fake_steps, monkeypatch):
   miou = iter([0.3, 0.6, 0.4, 0.5, 0.6])
-  monkeypatch.setattr(train, "evaluate", lambda *_: {"eval/miou": next(miou)})
+  monkeypatch.setattr(train, "evaluate", lambda *_: made_up(next(miou)))
   config = make_config(root)
   train.train_and_evaluate(config, tmp_path)
   folders = (tmp_path / checkpoint.FOLDER).iterdir()
@@ -506,7 +511,7 @@ def test_last_eval_batch_counts_once(root):
   assert confusion.sum() == pixels
 
 
-# -- Bad input, before anything compiles ------------------------------------------
+# -- Bad input, before anything compiles --
 
 
 @pytest.fixture
@@ -624,7 +629,7 @@ def test_compilation_cache_beside_the_runs(tmp_path):
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-# -- The command -----------------------------------------------------------------
+# -- The command --
 
 
 @pytest.mark.parametrize(

@@ -336,17 +336,13 @@ def _open_eval_stream(
   config: ml_collections.ConfigDict, data: Data, ids: tuple[str, ...]
 ) -> Iterator[dict[str, np.ndarray]]:
   """Whole images with labels, in the form of the config's protocol."""
-  if config.eval.protocol == "center_crop":
-    raise ConfigError(
-      "config.eval.protocol='center_crop': the input pipeline cannot crop yet:"
-      " choose 'padded' or 'whole'"
-    )
-  padded = config.eval.protocol == "padded"
+  protocol = config.eval.protocol
   return make_eval_stream(
     data.layout,
     ids,
     batch_size=config.eval.batch,
-    pad_to=tuple(config.eval.pad_to) if padded else None,
+    pad_to=None if protocol == "whole" else tuple(config.eval.pad_to),
+    center_crop=protocol == "center_crop",
     num_classes=data.info.num_classes,
     ignore_label=config.dataset.ignore_label,
     with_labels=True,
