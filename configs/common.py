@@ -141,6 +141,7 @@ def get_base_config() -> ml_collections.ConfigDict:
   reliability.decay = "epoch"
 
   config.unsupervised = unsupervised = ml_collections.ConfigDict()
+  # Of the cross-entropy with the pseudo labels that were kept.
   unsupervised.weight = 1.0
 
   config.contrastive = contrastive = ml_collections.ConfigDict()

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import weakref
@@ -458,6 +459,8 @@ def _let_grain_read_its_flags() -> None:
 def _init_worker(worker_index: int, worker_count: int) -> None:
   del worker_index, worker_count
   cv2.setNumThreads(1)
+  # Ctrl-C reaches the whole group; the parent ends its workers itself.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
   # grain's workers wait for ever for a parent that was killed; a run that is
   # preempted must not leave them behind.
   threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -24,8 +24,9 @@ find_python() {
       return
     fi
   done
-  die "no Python 3.11 to 3.13 found (python3 is" \
-    "$(python3 --version 2>&1 || true)); install one, or name it:" \
+  candidate="${PYTHON:-python3}"
+  die "no Python 3.11 to 3.13 found ($candidate is" \
+    "'$("$candidate" --version 2>&1 || true)'); install one, or name it:" \
     "PYTHON=/path/to/python3.12 bash $0"
 }
 
@@ -64,7 +65,7 @@ install_if_changed() {
   echo "Installing $name (the first time takes some minutes)"
   touch "$VENV/.installing"
   rm -f "$stamp"
-  "$VENV_PYTHON" -m pip install --quiet --no-input --disable-pip-version-check \
+  "$VENV_PYTHON" -m pip install -qq --no-input --disable-pip-version-check \
     -r "$file" "$@" || die "could not install $name; see above"
   echo "$wanted" > "$stamp"
   rm -f "$VENV/.installing"

@@ -71,7 +71,7 @@ def main() -> int:
     print(f"error: {error}", file=sys.stderr)
     return 1
   print(
-    f"\nValidation mIoU in percent, last and best evaluation:\n\n{table}\n\n"
+    f"\nmIoU in percent, at the last and at the best evaluation:\n\n{table}\n\n"
     f"Page: {page.resolve()}"
   )
   return 0

@@ -10,6 +10,7 @@ import pytest
 from configs import camvid_46, common, testing, voc_1464
 from u2pl_jax import build as build_lib
 from u2pl_jax.config_checks import ConfigError, check_config
+from u2pl_jax.train_state import TrainState, Variables
 from u2pl_jax.train_step import QUIRKS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -50,10 +51,8 @@ def test_eval_shape_of_both_steps(name, arg):
     variables = model.init(
       jax.random.key(0), jnp.zeros((1, 65, 65, 3)), train=False
     )
-    half = build_lib.train_state.Variables(
-      variables["params"], variables["batch_stats"]
-    )
-    return build_lib.TrainState(
+    half = Variables(variables["params"], variables["batch_stats"])
+    return TrainState(
       step=jnp.zeros((), jnp.int32),
       student=half,
       teacher=half,
@@ -144,6 +143,7 @@ def test_every_key_has_a_comment():
     ("eval.protocol='center_crop'", "padded_center_crop"),
     ("contrastive.temperature=0.0", "temperature"),
     ("optimizer.learning_rate=-1.0", "learning_rate"),
+    ("seed=-1", "seed=-1"),
     ("teacher.ema_decay=1.5", "ema_decay=1.5"),
   ],
 )

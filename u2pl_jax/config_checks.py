@@ -85,6 +85,7 @@ def check_config(
     " padded_center_crop to config.quirks, or choose 'padded'",
   )
 
+  _require(config.seed >= 0, f"config.seed={config.seed}: must be 0 or more")
   for half in ("labelled", "unlabelled"):
     size = config.batch[half]
     _require(size >= 1, f"config.batch.{half}={size}: must be at least 1")

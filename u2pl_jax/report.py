@@ -138,6 +138,7 @@ h1 { margin: 0; font-size: 1.6rem; overflow-wrap: anywhere; }
 h2 { margin: 2.25rem 0 .75rem; font-size: 1.2rem; }
 h3 { margin: 0 0 .5rem; font-size: 1rem; }
 p { margin: .25rem 0; }
+h2 + p { margin: -.25rem 0 .75rem; }
 a { color: var(--accent); }
 .muted, figcaption, dt { color: var(--muted); }
 figcaption, .small { font-size: .875rem; }
@@ -167,7 +168,7 @@ pre {
   background: var(--page); border-radius: .375rem;
 }
 .overlay { margin-bottom: .75rem; }
-.overlay img { display: block; min-width: 44rem; max-width: 100%; }
+.overlay img { display: block; min-width: 34rem; max-width: 100%; }
 table { border-collapse: collapse; width: 100%; }
 caption { text-align: left; color: var(--muted); font-size: .875rem; }
 th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; }
@@ -186,11 +187,16 @@ td.bar span {
   border: 1px solid var(--muted); border-radius: .2rem;
   vertical-align: -.1rem; forced-color-adjust: none;
 }
+.ignored {
+  background: repeating-linear-gradient(-45deg, #000 0 2px, #fff 2px 4px);
+}
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin: .5rem 0; }
 summary { cursor: pointer; }
 @media (max-width: 30rem) {
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: .5rem; }
+  table { font-size: .875rem; }
+  td.bar { width: auto; min-width: 3rem; }
 }
 """
 
@@ -354,7 +360,7 @@ def _samples_html(
     f"<span>{_swatch(palette, i)}{_escape(name)}</span>"
     for i, name in enumerate(names)
   )
-  legend += f"<span>{_swatch([(255, 255, 255)], 0)}ignored</span>"
+  legend += '<span><span class="swatch ignored"></span>ignored</span>'
   parts = ["<h2>Images</h2>", f'<div class="legend">{legend}</div>']
   for entry in entries:
     accuracy = entry.get("accuracy")

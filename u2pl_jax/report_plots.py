@@ -331,20 +331,26 @@ def run_plots(run: Run) -> list[Plot]:
     if best is not None:
       axes.plot(*best, marker="*", markersize=9, color=theme["ink"])
 
+  miou = [_Curve("eval/miou", "mIoU", marker="o")]
+  # The same curve where every class is present.
+  if not np.array_equal(
+    run.series("eval/miou")[1], run.series("eval/miou_present")[1]
+  ):
+    miou.append(_Curve("eval/miou_present", "present classes", _MUTED, "--"))
+
   many = run.series("train/sup_loss")[0].size > _SMOOTH_ABOVE
   # By height, so that the page's rows of three come out even.
   plots = [
     _curve_plot(
       run,
       "miou",
-      "Validation",
+      "Evaluation",
       "Star: highest mIoU." if best else "",
       [
         _Panel(
           "",
           [
-            _Curve("eval/miou", "mIoU", marker="o"),
-            _Curve("eval/miou_present", "present classes", _MUTED, "--"),
+            *miou,
             _Curve("eval/pixel_accuracy", "pixel accuracy"),
           ],
           percent=True,
@@ -464,7 +470,9 @@ def run_plots(run: Run) -> list[Plot]:
 def _overlay(
   image: np.ndarray, labels: np.ndarray, palette: np.ndarray
 ) -> np.ndarray:
-  """Class colours over the image; a label without class is white.
+  """Class colours over the image; a label without class is striped.
+
+  Stripes, since any plain colour may be the colour of a class.
 
   Args:
     image: [h, w, 3] uint8.
@@ -475,9 +483,11 @@ def _overlay(
     [h, w, 3] uint8.
   """
   num_classes = len(palette)
-  table = np.concatenate([palette, [[255, 255, 255]]]).astype(np.float32)
   has_class = (labels >= 0) & (labels < num_classes)
-  color = table[np.where(has_class, labels, num_classes)]
+  color = palette[np.where(has_class, labels, 0)].astype(np.float32)
+  y, x = np.indices(labels.shape)
+  stripe = (x + y) // max(2, labels.shape[1] // 64) % 2
+  color = np.where(has_class[..., None], color, 255 * stripe[..., None])
   return (0.4 * image + 0.6 * color).round().astype(np.uint8)
 
 
@@ -495,7 +505,7 @@ def save_overlay(
   Args:
     path: of the PNG.
     image: [h, w, 3] uint8.
-    truth, prediction: [h, w] int; white where the value is no class.
+    truth, prediction: [h, w] int; striped where the value is no class.
     entropy: [h, w], drawn from 0 to its maximum log k, so that images compare.
     palette: [k, 3].
   """
@@ -510,7 +520,8 @@ def save_overlay(
     ("prediction", _overlay(image, prediction, palette)),
     (f"entropy, 0 to {max_entropy:.2f} nats", entropy),
   )
-  gap, title = 0.06, 0.28
+  # In proportion, since the page shows all pictures equally wide.
+  gap, title = 0.02 * panel, 0.1 * panel
   figure_width = len(panels) * (panel + gap) + gap
   panel_height = panel * height / width
   figure_height = panel_height + title + gap
@@ -534,7 +545,9 @@ def save_overlay(
       aspect="auto",
     )
     axes.set_axis_off()
-    axes.set_title(text, color=theme["ink"], fontsize=10, pad=4)
+    axes.set_title(
+      text, color=theme["ink"], fontsize=3.8 * panel, pad=1.5 * panel
+    )
   figure.savefig(path)
 
 
@@ -571,9 +584,9 @@ def comparison_plot(runs: Sequence[Run], labels: Sequence[str]) -> Plot | None:
   )
   return Plot(
     stem="miou",
-    title="Validation mIoU",
+    title="mIoU",
     caption="",
-    alt=f"Validation mIoU over training steps of each run: {said}.",
+    alt=f"mIoU over training steps of each run: {said}.",
     height=3.0,
     draw=draw,
   )

@@ -136,8 +136,7 @@ def train_and_evaluate(
       abstract_state, config=config_digest, lists=lists
     )
     if restored is None:
-      _check_pretrained(config)
-      state = program.create_state()
+      state = _create_state(config, program)
       meta = Meta(0, None, None, config=config_digest, lists=lists)
     else:
       state, meta = restored
@@ -726,13 +725,24 @@ class _Run:
 # -- Setting up ----------------------------------------------------------------
 
 
-def _check_pretrained(config: ml_collections.ConfigDict) -> None:
+def _create_state(
+  config: ml_collections.ConfigDict, program: Program
+) -> TrainState:
+  """The state of step 0; ConfigError if the pretrained weights are unfit."""
   path = config.model.pretrained
   if path and not pathlib.Path(path).is_file():
+    # Before the initialisation is compiled.
     raise ConfigError(
       f"config.model.pretrained={path!r}: there is no such file: set it to the"
       " weights of the encoder, or to '' to start from random ones"
     )
+  try:
+    return program.create_state()
+  except ValueError as error:
+    # The line that `load_pretrained` raises; models know of no ConfigError.
+    if str(error).startswith("config.model.pretrained="):
+      raise ConfigError(str(error)) from error
+    raise
 
 
 def _enable_compilation_cache(workdir: pathlib.Path) -> None:

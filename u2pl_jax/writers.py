@@ -234,6 +234,9 @@ def _tensorboard_writer(workdir: pathlib.Path):
   # Its greetings do not belong in the log of a run.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   try:
+    # It computes nothing here, so its notes on how it would are noise.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
   except ModuleNotFoundError as error:
     if error.name != "tensorflow":
