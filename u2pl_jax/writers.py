@@ -231,10 +231,8 @@ def _replace_file(path: pathlib.Path, text: str) -> None:
 
 def _tensorboard_writer(workdir: pathlib.Path):
   """clu's writer of TensorBoard files, or None without tensorflow."""
-  # Its greetings do not belong in the log of a run.
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   try:
-    # It computes nothing here, so its notes on how it would are noise.
+    # It computes nothing here: its notes on how it would are noise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
