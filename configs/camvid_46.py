@@ -50,12 +50,12 @@ def get_config(arg=None):
     config.input.crop_size = (129, 129)
     config.input.num_threads = 2
     config.schedule.epochs = 40
-    config.schedule.warmup_epochs = 15
+    config.schedule.warmup_epochs = 20
     # The feature map of a crop is 17x17.
     config.model.aspp_rates = (2, 4, 6)
     # As in configs/shapes.py, and for the same reason.
     config.strong.mix_probability = 1.0
-    config.optimizer.learning_rate = 0.1
+    config.optimizer.learning_rate = 0.02
     config.optimizer.head_multiplier = 1.0
     config.contrastive.num_anchors = 64
     config.memory_bank.capacity = 2000

@@ -232,6 +232,7 @@ class Contrast(NamedTuple):
     num_candidates: [2, k] int32, labelled and unlabelled negatives found.
     num_keys: [k] int32, keys that entered the queue.
     source: [k] int32, the class whose anchors a queue was paired with.
+    anchor_pixels: [k, a] int32, the anchors drawn, meaningless where none.
   """
 
   loss: Array
@@ -243,6 +244,7 @@ class Contrast(NamedTuple):
   num_candidates: Array
   num_keys: Array
   source: Array
+  anchor_pixels: Array
 
 
 def contrastive_loss(
@@ -368,4 +370,5 @@ def contrastive_loss(
     num_candidates=by_half,
     num_keys=num_keys,
     source=source,
+    anchor_pixels=anchor_pixels,
   )

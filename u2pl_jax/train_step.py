@@ -168,6 +168,7 @@ def supervised_step(
   model: nn.Module,
   tx: optax.GradientTransformation,
   recipe: Recipe,
+  trace: bool = False,
 ) -> tuple[TrainState, Metrics]:
   """One update from labelled images alone: the warm-up, and the baseline.
 
@@ -176,6 +177,7 @@ def supervised_step(
     batch: global batch.
     draws: from `rngs.draw_supervised`.
     model, tx, recipe: static.
+    trace: see `semi_supervised_step`.
 
   Returns:
     (next state, metrics).
@@ -199,10 +201,10 @@ def supervised_step(
   )(state.student.params)
   student, opt_state = _apply_gradients(state, grads, batch_stats, tx)
 
-  teacher = state.teacher
+  teacher, t_out = state.teacher, None
   if "teacher_cold_start" in recipe.quirks:
     # Only its batch statistics move, by a forward pass of its own weights.
-    _, teacher_stats = _forward_train(
+    t_out, teacher_stats = _forward_train(
       model,
       teacher.params,
       teacher.batch_stats,
@@ -217,6 +219,8 @@ def supervised_step(
     "grad_norm": optax.tree.norm(grads),
     "pixel_accuracy_l": _accuracy(outputs.logits, labels, recipe),
   }
+  if trace:
+    metrics["trace"] = {"student": outputs, "teacher": t_out, "grads": grads}
   state = state.replace(
     step=state.step + 1, student=student, teacher=teacher, opt_state=opt_state
   )
@@ -269,7 +273,7 @@ def semi_supervised_step(
     # Padding is no image: it gets no pseudo label.
     inside = inside_box(batch_u.valid_box, height, width)
     pseudo_labels = jnp.where(inside, pseudo_labels, ignore)
-  unmixed_pseudo_labels = pseudo_labels
+  unmixed = {"pseudo_labels": pseudo_labels, "confidence": confidence}
 
   # Strong view.
   images_u, pseudo_labels, confidence, keep_mask = (
@@ -417,7 +421,7 @@ def semi_supervised_step(
   }
   if trace:
     metrics["trace"] = {
-      "pseudo_labels": unmixed_pseudo_labels,
+      **unmixed,
       "mixed_pseudo_labels": pseudo_labels,
       "kept_labels": kept_labels,
       "images": images,

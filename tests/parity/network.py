@@ -1,0 +1,48 @@
+"""The small network that the recorded numbers belong to, with their weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.parity.golden import DTYPE, weights
+from u2pl_jax.models import resnet, torch_weights
+from u2pl_jax.models.deeplab import DeepLab
+from u2pl_jax.train_state import Variables
+
+
+def make_model(names: np.ndarray, shapes: np.ndarray) -> DeepLab:
+  """The published network of the depth, heads and classes of a state dict."""
+  names = names.tolist()
+  blocks = tuple(
+    len({n.split(".")[2] for n in names if n.startswith(f"encoder.layer{s}.")})
+    for s in (1, 2, 3, 4)
+  )
+  spec = resnet.ResNetSpec(blocks, bottleneck=True)
+  known = {v: k for k, v in resnet.BACKBONES.items()}
+  backbone = known.get(spec, f"recorded{blocks}")
+  resnet.BACKBONES.setdefault(backbone, spec)
+  last = names.index("decoder.classifier.8.bias")
+  return DeepLab(
+    num_classes=int(shapes[last]),
+    backbone=backbone,
+    auxiliary=any(n.startswith("auxor.") for n in names),
+    # The recorded runs had no dropout.
+    dropout=0.0,
+    dtype=DTYPE,
+  )
+
+
+def load_variables(
+  model: DeepLab, names: np.ndarray, shapes: np.ndarray, seed: int
+) -> Variables:
+  """The recorded initial weights, all of them and nothing else."""
+  abstract = jax.eval_shape(
+    lambda: model.init(
+      jax.random.key(0), jnp.zeros((2, 65, 65, 3)), train=False
+    )
+  )
+  state = weights(names, shapes, seed)
+  variables, unused = torch_weights.load_state_dict(abstract, state)
+  assert not unused
+  variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, DTYPE), variables)
+  return Variables(variables["params"], variables["batch_stats"])

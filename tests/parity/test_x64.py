@@ -1,0 +1,24 @@
+"""The same checks in float64, in a process of their own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.parity.golden import X64
+
+
+@pytest.mark.skipif(X64, reason="this is that process")
+def test_everything_in_float64(request):
+  arguments = ["-m", "not slow"]
+  if request.config.getoption("-m") != "not slow":
+    arguments = []
+  result = subprocess.run(
+    [sys.executable, "-m", "pytest", "-x", "tests/parity", *arguments],
+    cwd=request.config.rootpath,
+    env=os.environ | {"JAX_ENABLE_X64": "1"},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stdout[-6000:]
