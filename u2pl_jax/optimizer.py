@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -10,7 +11,13 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 def poly_schedule(base: float, total_steps: int, power: float) -> Schedule:
   """base * (1 - step / total_steps) ** power: step 0 has the base rate."""
-  return optax.polynomial_schedule(base, 0.0, power, total_steps)
+
+  def schedule(step: jax.Array) -> jax.Array:
+    # optax's own divides the int32 step in float32, also under x64.
+    step = jnp.minimum(step, total_steps).astype(jnp.result_type(float))
+    return base * (1 - step / total_steps) ** power
+
+  return schedule
 
 
 def sgd(
