@@ -17,14 +17,10 @@ def make_model(names: np.ndarray, shapes: np.ndarray) -> DeepLab:
     len({n.split(".")[2] for n in names if n.startswith(f"encoder.layer{s}.")})
     for s in (1, 2, 3, 4)
   )
-  spec = resnet.ResNetSpec(blocks, bottleneck=True)
-  known = {v: k for k, v in resnet.BACKBONES.items()}
-  backbone = known.get(spec, f"recorded{blocks}")
-  resnet.BACKBONES.setdefault(backbone, spec)
   last = names.index("decoder.classifier.8.bias")
   return DeepLab(
     num_classes=int(shapes[last]),
-    backbone=backbone,
+    backbone=resnet.ResNetSpec(blocks, bottleneck=True),
     auxiliary=any(n.startswith("auxor.") for n in names),
     # The recorded runs had no dropout.
     dropout=0.0,

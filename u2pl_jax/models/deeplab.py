@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from u2pl_jax.models.layers import BatchNorm, Conv, Dtype, resize_bilinear
-from u2pl_jax.models.resnet import BACKBONES, ResNet
+from u2pl_jax.models.resnet import BACKBONES, ResNet, ResNetSpec
 
 Array = jax.Array
 
@@ -191,7 +191,7 @@ class DeepLab(nn.Module):
 
   Attributes:
     num_classes: number of classes, without the ignore label.
-    backbone: a key of `resnet.BACKBONES`.
+    backbone: a key of `resnet.BACKBONES`, or a spec of one's own.
     head: 'deeplabv3plus' (published) or 'deeplabv3', whose logits come straight
       from the ASPP head at the output stride, with the same representation
       branch beside it.
@@ -205,7 +205,7 @@ class DeepLab(nn.Module):
   """
 
   num_classes: int
-  backbone: str = "resnet101"
+  backbone: str | ResNetSpec = "resnet101"
   head: str = "deeplabv3plus"
   stem: str = "deep"
   output_stride: int = 8
@@ -233,13 +233,16 @@ class DeepLab(nn.Module):
     Raises:
       ValueError: unknown backbone, head, stem or output stride.
     """
-    if self.backbone not in BACKBONES:
+    if isinstance(self.backbone, ResNetSpec):
+      spec = self.backbone
+    elif self.backbone in BACKBONES:
+      spec = BACKBONES[self.backbone]
+    else:
       raise ValueError(
         f"model.backbone={self.backbone!r}: choose one of {list(BACKBONES)}"
       )
     if self.head not in HEADS:
       raise ValueError(f"model.head={self.head!r}: choose one of {list(HEADS)}")
-    spec = BACKBONES[self.backbone]
     stages = ResNet(
       spec,
       stem=self.stem,
