@@ -97,7 +97,8 @@ def get_base_config() -> ml_collections.ConfigDict:
   model.dtype = "float32"
   # Recompute the encoder's blocks in the backward pass: less memory, more time.
   model.remat = False
-  # Weights of the encoder (.npz under published names), '' for none.
+  # Weights to start from, '' for none: a .pth, or a .npz made from one by
+  # scripts/convert_weights.py, of an encoder or of a whole network.
   model.pretrained = ""
 
   # -- Schedule and optimiser --------------------------------------------------

@@ -47,7 +47,10 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
       {"input_pipeline"},
       {"PIL", "absl", "cv2", "grain", "numpy", "tensorflow_datasets"},
     ),
-    "u2pl_jax.models": ({"u2pl_jax.models"}, {"flax", "jax", "numpy"}),
+    "u2pl_jax.models": (
+      {"u2pl_jax.models"},
+      {"flax", "jax", "numpy", "torch"},
+    ),
     "u2pl_jax.sharding": (set(), {"jax", "numpy"}),
     "u2pl_jax.checkpoint": (set(), {"flax", "jax", "numpy", "orbax"}),
     "u2pl_jax.train_state": (_u2pl({"memory_bank"}), maths),
@@ -75,6 +78,7 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
 # Third-party package -> the only modules or packages that import it.
 _OWNERS = {
   "orbax": {"u2pl_jax.checkpoint"},
+  "torch": {"u2pl_jax.models.weight_files"},
   "grain": {"input_pipeline"},
   "tensorflow_datasets": {"input_pipeline"},
   "clu": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},

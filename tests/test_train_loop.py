@@ -26,6 +26,7 @@ from u2pl_jax import checkpoint, train, writers
 from u2pl_jax.build import DataSpec, build
 from u2pl_jax.checkpoint import CheckpointError, Checkpoints
 from u2pl_jax.config_checks import ConfigError
+from u2pl_jax.models import torch_weights
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 NUM_CLASSES = 11  # Those of 'camvid', whose name stands in the config.
@@ -606,8 +607,41 @@ def test_changed_lists_are_refused(own_root, tmp_path, fake_steps):
 
 def test_missing_pretrained_weights(root, tmp_path):
   config = make_config(root, **{"model.pretrained": "weights.npz"})
-  with pytest.raises(ConfigError, match="config.model.pretrained='weights.npz"):
+  with pytest.raises(
+    ConfigError, match="config.model.pretrained=weights.npz: there"
+  ):
     train.train_and_evaluate(config, tmp_path)
+
+
+def test_starts_from_published_weights(root, tmp_path, caplog):
+  """Student and teacher of step 0 have the encoder of a .pth; the log says."""
+  torch = pytest.importorskip("torch")
+  spec = DataSpec(NUM_CLASSES, (120.0,) * 3, (60.0,) * 3, num_unlabelled=8)
+  state = build(make_config(root, seed=1), spec).create_state()
+  weights = torch_weights.to_state_dict(
+    jax.device_get(state.student.for_apply())
+  )
+  path = tmp_path / "resnet.pth"
+  torch.save(
+    {
+      name.removeprefix("encoder."): torch.from_numpy(np.array(value))
+      for name, value in weights.items()
+      if name.startswith("encoder.")
+    },
+    path,
+  )
+  config = make_config(root, **{"model.pretrained": str(path)})
+  with caplog.at_level(logging.INFO, logger="u2pl_jax"):
+    loaded = build(config, spec).create_state()
+  assert f"from {path}" in caplog.text
+  assert caplog.text.count("encoder.* loaded") == 1
+  for network in (loaded.student, loaded.teacher):
+    ours = torch_weights.to_state_dict(jax.device_get(network.for_apply()))
+    for name, value in weights.items():
+      if name.startswith("encoder."):
+        np.testing.assert_array_equal(ours[name], value)
+  name = "decoder.classifier.0.weight"
+  assert (ours[name] != weights[name]).any()
 
 
 @pytest.mark.parametrize("name", ["weights.npz", "weights.pth"])

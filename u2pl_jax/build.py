@@ -6,6 +6,7 @@ are unpacked, statics bound and the steps jitted.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,11 @@ from u2pl_jax import memory_bank, rngs, sharding
 from u2pl_jax.config_checks import check_config, parse_quirks
 from u2pl_jax.evaluation import make_eval_step, make_predict_step
 from u2pl_jax.models.deeplab import DeepLab
-from u2pl_jax.models.pretrained import load_pretrained
+from u2pl_jax.models.pretrained import (
+  check_pretrained,
+  load_pretrained,
+  read_pretrained,
+)
 from u2pl_jax.optimizer import Schedule, poly_schedule, sgd
 from u2pl_jax.train_state import TrainState, create_train_state
 from u2pl_jax.train_step import (
@@ -29,6 +34,8 @@ from u2pl_jax.train_step import (
   semi_supervised_step,
   supervised_step,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +250,17 @@ def build(
   )
 
   def create_state() -> TrainState:
-    pretrained = config.model.pretrained
+    load = None
+    if config.model.pretrained:
+      pretrained = read_pretrained(config.model.pretrained)
+      check_pretrained(pretrained, model)
+      reports = []
+
+      def load(variables: dict) -> dict:
+        variables, report = load_pretrained(variables, pretrained)
+        reports.append(report)
+        return variables
+
     state = create_train_state(
       jax.random.fold_in(jax.random.key(config.seed), 0),
       model,
@@ -251,12 +268,12 @@ def build(
       image_size=(65, 65),
       memory_bank=make_memory_bank(config, data.num_classes),
       cold_teacher="teacher_cold_start" in recipe.quirks,
-      load_pretrained=(
-        functools.partial(load_pretrained, path=pretrained)
-        if pretrained
-        else None
-      ),
+      load_pretrained=load,
     )
+    if load is not None:
+      # The same for a teacher with weights of its own.
+      for line in reports[0]:
+        logger.info(line)
     return jax.device_put(state, repl)
 
   pixels = {"mean": recipe.mean, "std": recipe.std}

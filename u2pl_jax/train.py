@@ -38,6 +38,7 @@ from u2pl_jax import report, sharding, writers
 from u2pl_jax.build import DataSpec, Program, build, make_memory_bank
 from u2pl_jax.checkpoint import Checkpoints, Meta
 from u2pl_jax.config_checks import ConfigError, check_config
+from u2pl_jax.models.weight_files import WeightsError
 from u2pl_jax.train_state import TrainState, Variables
 from u2pl_jax.train_step import Recipe
 
@@ -729,20 +730,13 @@ def _create_state(
   config: ml_collections.ConfigDict, program: Program
 ) -> TrainState:
   """The state of step 0; ConfigError if the pretrained weights are unfit."""
-  path = config.model.pretrained
-  if path and not pathlib.Path(path).is_file():
-    # Before the initialisation is compiled.
-    raise ConfigError(
-      f"config.model.pretrained={path!r}: there is no such file: set it to the"
-      " weights of the encoder, or to '' to start from random ones"
-    )
   try:
     return program.create_state()
-  except ValueError as error:
-    # The line that `load_pretrained` raises; models know of no ConfigError.
-    if str(error).startswith("config.model.pretrained="):
-      raise ConfigError(str(error)) from error
-    raise
+  except WeightsError as error:
+    raise ConfigError(
+      f"config.model.pretrained={error}; set it to the weights of the encoder,"
+      " or to '' to start from random ones"
+    ) from error
 
 
 def _enable_compilation_cache(workdir: pathlib.Path) -> None:

@@ -38,7 +38,7 @@ def load_variables(
     )
   )
   state = weights(names, shapes, seed)
-  variables, unused = torch_weights.load_state_dict(abstract, state)
-  assert not unused
+  assert set(state) == set(torch_weights.shapes(abstract))
+  variables = torch_weights.replace(abstract, state)
   variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, DTYPE), variables)
   return Variables(variables["params"], variables["batch_stats"])
