@@ -23,6 +23,7 @@ from PIL import Image
 from configs import testing
 from input_pipeline import DataError, dataset_info
 from u2pl_jax import checkpoint, train, writers
+from u2pl_jax import data as data_lib
 from u2pl_jax.build import DataSpec, build
 from u2pl_jax.checkpoint import CheckpointError, Checkpoints
 from u2pl_jax.config_checks import ConfigError
@@ -114,7 +115,7 @@ def read_state(config, workdir):
   """The state of the newest checkpoint, and its meta data."""
   info = dataset_info(config.dataset.name)
   program = build(config, DataSpec(NUM_CLASSES, info.mean, info.std, 16))
-  data = train.load_data(config, info)
+  data = data_lib.load_data(config, info)
   checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
   restored = checkpoints.restore_latest(
     train._abstract_state(config, program),
@@ -369,7 +370,7 @@ def fake_steps(monkeypatch, no_tensorflow):
 def streams(monkeypatch):
   """Records (labelled, first step) of the train streams and their closing."""
   opened, closed = [], []
-  open_stream = train._open_train_stream
+  open_stream = train.open_train_stream
 
   class Recorder:
     def __init__(self, stream, name):
@@ -387,7 +388,7 @@ def streams(monkeypatch):
     stream = open_stream(*args, labelled=labelled, step=step)
     return Recorder(stream, (labelled, step))
 
-  monkeypatch.setattr(train, "_open_train_stream", record)
+  monkeypatch.setattr(train, "open_train_stream", record)
   return opened, closed
 
 
@@ -497,7 +498,7 @@ def test_last_eval_batch_counts_once(root):
   """3 images in batches of 2, against whole images one by one."""
   config = make_config(root, **{"eval.batch": 2})
   info = dataset_info("camvid")
-  data = train.load_data(config, info)
+  data = data_lib.load_data(config, info)
   ids = data.validation[:3]
   program = build(config, DataSpec(NUM_CLASSES, info.mean, info.std, 16))
   # Predicts class 0 everywhere and counts what it is asked.
@@ -567,7 +568,7 @@ def test_missing_image(own_root, tmp_path, no_build, name):
 def test_supervised_needs_no_unlabelled_image(own_root):
   (own_root / "JPEGImages" / "u07.png").unlink()
   config = make_config(own_root, **{"method": "supervised"})
-  data = train.load_data(config, dataset_info("camvid"))
+  data = data_lib.load_data(config, dataset_info("camvid"))
   assert len(data.unlabelled) == 16 and data.oracle == ()
 
 
@@ -659,11 +660,11 @@ def test_oracle_takes_only_images_with_masks(own_root, caplog):
   for name in ("u00", "u02"):
     (own_root / "SegmentationClass" / f"{name}.png").unlink()
   config, info = make_config(own_root), dataset_info("camvid")
-  assert train.load_data(config, info).oracle == ("u01", "u03", "u04", "u05")
+  assert data_lib.load_data(config, info).oracle == ("u01", "u03", "u04", "u05")
   for path in (own_root / "SegmentationClass").glob("u*"):
     path.unlink()
   with caplog.at_level(logging.INFO, logger="u2pl_jax"):
-    assert train.load_data(config, info).oracle == ()
+    assert data_lib.load_data(config, info).oracle == ()
   assert caplog.text.count("no oracle/ metrics") == 1
 
 

@@ -64,15 +64,10 @@ def main(_: list[str]) -> None:
   from u2pl_jax.config_checks import ConfigError
 
   workdir = _WORKDIR.value or os.path.join("runs", _CONFIG.value.name)
-  expected = (
-    DataError,
-    ConfigError,
-    CheckpointError,
-    train.TrainingDivergedError,
-  )
+  diverged = train.TrainingDivergedError
   try:
     train.train_and_evaluate(_CONFIG.value, workdir)
-  except expected as error:
+  except (DataError, ConfigError, CheckpointError, diverged) as error:
     _fail(str(error))
   except KeyboardInterrupt as interrupt:
     _fail(str(interrupt) or "interrupted", code=130)

@@ -91,7 +91,7 @@ def make_names(recorded, kind):
   return names, shapes
 
 
-def setup(recorded):
+def setup(recorded, quirks):
   arrays, kind = recorded.arrays, recorded.kind
   facts = _KINDS[kind]
   rates = recorded["lr"][0]
@@ -128,7 +128,7 @@ def setup(recorded):
     negative_max_probability=1.0,
     max_keys_per_step=None,
     ema_max_decay=0.99,
-    quirks=QUIRKS[recorded.variant],
+    quirks=quirks,
   )
   tx = optimizer.sgd(
     optimizer.poly_schedule(rates[0], total_steps, 0.9),
@@ -231,39 +231,29 @@ def decided(group, name, ours, theirs, share):
   assert different <= share, f"{name}: {different:.2%} decided differently"
 
 
-@pytest.mark.parametrize("path,variant", RUNS)
-def test_run(path, variant):
-  recorded = Recorded(path, variant)
-  arrays, kind = recorded.arrays, recorded.kind
-  model, tx, recipe, state = setup(recorded)
+def iterate(recorded, quirks):
+  """Trains through the product's steps, on the recorded images and draws.
+
+  Yields:
+    (recipe, state, None) before the first iteration, then after each one
+    (recipe, state, metrics).
+  """
+  arrays = recorded.arrays
+  model, tx, recipe, state = setup(recorded, quirks)
   steps = {
     step: jax.jit(
       functools.partial(step, model=model, tx=tx, recipe=recipe, trace=True)
     )
     for step in (train_step.supervised_step, train_step.semi_supervised_step)
   }
-  group = f"trajectory {kind} {variant}"
-  origin = flat_state(state.student)
-  for who, network in (("student", state.student), ("teacher", state.teacher)):
-    close(
-      f"{group}: checksums",
-      f"init_{who}",
-      checksums(flat_state(network)),
-      recorded[f"init_{who}"],
-      rtol=1e-10,
-    )
-
+  yield recipe, state, None
   key = jax.random.key(0)  # Of dropout, which the recorded network has not.
-  first_semi = recipe.warmup_steps
   for i in range(recipe.total_steps):
-    bounds = Bounds(kind, i, first_semi)
     images_l, labels = real(arrays["images_l"][i]), arrays["labels_l"][i]
     batch_l = train_step.LabelledBatch(
       images_l, jnp.asarray(labels), whole_box(images_l)
     )
-    rate = tx_rate(recipe, recorded, i)
-    close(f"{group}: schedule", "lr", rate, recorded["lr"][i], rtol=1e-6)
-    if i < first_semi:
+    if i < recipe.warmup_steps:
       state, metrics = steps[train_step.supervised_step](
         state, batch_l, rngs.SupervisedDraws(key, key)
       )
@@ -285,8 +275,33 @@ def test_run(path, variant):
       state, metrics = steps[train_step.semi_supervised_step](
         state, batch_l, batch_u, draws
       )
+    yield recipe, state, metrics
+
+
+@pytest.mark.parametrize("path,variant", RUNS)
+def test_run(path, variant):
+  recorded = Recorded(path, variant)
+  kind, group = recorded.kind, f"trajectory {recorded.kind} {variant}"
+  iterations = iterate(recorded, QUIRKS[variant])
+  recipe, state, _ = next(iterations)
+  origin = flat_state(state.student)
+  for who, network in (("student", state.student), ("teacher", state.teacher)):
+    close(
+      f"{group}: checksums",
+      f"init_{who}",
+      checksums(flat_state(network)),
+      recorded[f"init_{who}"],
+      rtol=1e-10,
+    )
+  first_semi = recipe.warmup_steps
+  for i, (_, state, metrics) in enumerate(iterations):
+    bounds = Bounds(kind, i, first_semi)
+    rate = tx_rate(recipe, recorded, i)
+    close(f"{group}: schedule", "lr", rate, recorded["lr"][i], rtol=1e-6)
+    if i >= first_semi:
       check_semi(group, recorded, i, metrics, state, bounds)
     check_both(group, recorded, i, metrics, state, bounds, origin)
+  assert i == recipe.total_steps - 1 == len(recorded["sup"]) - 1
 
   for who, network in (("student", state.student), ("teacher", state.teacher)):
     ours = flat_state(network)

@@ -1,0 +1,216 @@
+"""From a config to the images of a run: checks, lists, streams."""
+
+import dataclasses
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import ml_collections
+import numpy as np
+
+from input_pipeline import (
+  DataError,
+  DatasetInfo,
+  Layout,
+  TrainTransform,
+  check_files,
+  check_splits,
+  dataset_info,
+  make_eval_stream,
+  make_train_stream,
+  read_split,
+)
+from u2pl_jax.config_checks import ConfigError
+from u2pl_jax.train_step import Recipe
+
+logger = logging.getLogger(__name__)
+
+_PARTS = ("labelled", "unlabelled", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The images of a run, checked.
+
+  Attributes:
+    info: names, palette and pixel statistics.
+    layout: where the files are.
+    labelled, unlabelled, validation: ids.
+    oracle: the unlabelled ids whose hidden masks measure the pseudo labels.
+  """
+
+  info: DatasetInfo
+  layout: Layout
+  labelled: tuple[str, ...]
+  unlabelled: tuple[str, ...]
+  validation: tuple[str, ...]
+  oracle: tuple[str, ...]
+
+
+def prepare_dataset(config: ml_collections.ConfigDict) -> None:
+  """Sees to it that the folders of the data set are there.
+
+  The synthetic 'shapes' is drawn on first use.
+
+  Raises:
+    DataError: a folder is missing; says what belongs there and where to get it.
+  """
+  dataset = config.dataset
+  if dataset.name == "shapes":
+    _ensure_shapes(config)
+  root = pathlib.Path(dataset.root)
+  folders = (root, root / dataset.image_dir, root / dataset.mask_dir)
+  missing = next((folder for folder in folders if not folder.is_dir()), None)
+  if missing is None:
+    return
+  lists = ", ".join(dataset[f"{part}_list"] for part in _PARTS)
+  source = dataset_info(dataset.name).source
+  raise DataError(
+    f"{missing}: the folder does not exist. The data set {dataset.name!r} needs"
+    f" {root} with {dataset.image_dir}/<id>{dataset.image_suffix},"
+    f" {dataset.mask_dir}/<id>{dataset.mask_suffix} and the lists {lists}"
+    " (another place: --config.dataset.root=...)"
+    + (f". Where to get it: {source}" if source else "")
+  )
+
+
+def _ensure_shapes(config: ml_collections.ConfigDict) -> None:
+  # Here, because its drawing code is of no use to other data sets.
+  from input_pipeline import shapes
+
+  wanted = config.dataset.shapes
+  shapes.ensure_dataset(
+    config.dataset.root,
+    shapes.World(seed=wanted.seed),
+    num_labelled=wanted.num_labelled,
+    num_unlabelled=wanted.num_unlabelled,
+    num_val=wanted.num_val,
+    num_test=wanted.num_test,
+  )
+
+
+def load_data(config: ml_collections.ConfigDict, info: DatasetInfo) -> Data:
+  """Reads the lists and checks that all files are there.
+
+  Args:
+    config: complete.
+    info: of its data set.
+
+  Returns:
+    `Data`.
+
+  Raises:
+    ConfigError: a list is not set.
+    DataError: a list or a file is missing or unfit.
+  """
+  dataset = config.dataset
+  layout = Layout(
+    root=dataset.root,
+    image_dir=dataset.image_dir,
+    mask_dir=dataset.mask_dir,
+    image_suffix=dataset.image_suffix,
+    mask_suffix=dataset.mask_suffix,
+  )
+  ids = {}
+  for part in _PARTS:
+    path = dataset[f"{part}_list"]
+    if not path:
+      raise ConfigError(
+        f"config.dataset.{part}_list='': must name a text file with one image"
+        " id a line"
+      )
+    ids[part] = read_split(pathlib.Path(dataset.root) / path)
+  check_splits(*(ids[part] for part in _PARTS))
+  check_files(layout, ids["labelled"], masks=True)
+  check_files(layout, ids["validation"], masks=True)
+  if config.method != "supervised":
+    check_files(layout, ids["unlabelled"], masks=False)
+  data = Data(
+    info=info,
+    layout=layout,
+    oracle=_oracle_ids(config, layout, ids["unlabelled"]),
+    **ids,
+  )
+  # Opening a stream reads the sizes of its images: one that does not fit into
+  # eval.pad_to shows now instead of after the first epoch.
+  for part in (data.validation, data.oracle):
+    if part:
+      open_eval_stream(config, data, part).close()
+  return data
+
+
+def _oracle_ids(
+  config: ml_collections.ConfigDict, layout: Layout, unlabelled: tuple[str, ...]
+) -> tuple[str, ...]:
+  """The first unlabelled images that have a mask after all."""
+  wanted = config.eval.oracle_images
+  if config.method != "u2pl" or not wanted:
+    return ()
+  found = []
+  for image_id in unlabelled:
+    if len(found) == wanted:
+      break
+    if os.path.exists(layout.mask_path(image_id)):
+      found.append(image_id)
+  if not found:
+    logger.info(
+      "no oracle/ metrics: the unlabelled images have no masks in %s",
+      pathlib.Path(layout.root) / layout.mask_dir,
+    )
+  return tuple(found)
+
+
+def open_train_stream(
+  config: ml_collections.ConfigDict,
+  data: Data,
+  recipe: Recipe,
+  *,
+  labelled: bool,
+  step: int,
+) -> Iterator[dict[str, np.ndarray]]:
+  """The stream whose next batch is the one of `step`."""
+  inputs = config.input
+  ignore = config.dataset.ignore_label
+  return make_train_stream(
+    data.layout,
+    data.labelled if labelled else data.unlabelled,
+    TrainTransform(
+      crop_size=tuple(inputs.crop_size),
+      scale_range=tuple(inputs.scale_range),
+      flip_probability=inputs.flip_probability,
+      pad_label=0 if "zero_padding_label" in recipe.quirks else ignore,
+    ),
+    batch_size=config.batch["labelled" if labelled else "unlabelled"],
+    # Different for the two streams, also of runs with neighbouring seeds.
+    seed=2 * config.seed + (0 if labelled else 1),
+    start_batch=step,
+    with_labels=labelled,
+    num_classes=data.info.num_classes,
+    ignore_label=ignore,
+    num_workers=inputs.num_workers,
+    num_threads=inputs.num_threads,
+    prefetch=inputs.prefetch,
+    shard_index=jax.process_index(),
+    shard_count=jax.process_count(),
+  )
+
+
+def open_eval_stream(
+  config: ml_collections.ConfigDict, data: Data, ids: tuple[str, ...]
+) -> Iterator[dict[str, np.ndarray]]:
+  """Whole images with labels, in the form of the config's protocol."""
+  protocol = config.eval.protocol
+  return make_eval_stream(
+    data.layout,
+    ids,
+    batch_size=config.eval.batch,
+    pad_to=None if protocol == "whole" else tuple(config.eval.pad_to),
+    center_crop=protocol == "center_crop",
+    num_classes=data.info.num_classes,
+    ignore_label=config.dataset.ignore_label,
+    with_labels=True,
+    num_threads=config.input.num_threads,
+    prefetch=config.input.prefetch,
+  )
