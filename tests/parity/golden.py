@@ -34,6 +34,9 @@ def fixtures(pattern: str) -> list[pathlib.Path]:
   """
   named = os.environ.get("U2PL_GOLDEN_DIR")
   if named:
+    if not any(pathlib.Path(named).glob("*.npz")):
+      # Or every test would pass by having nothing to do.
+      raise FileNotFoundError(f"U2PL_GOLDEN_DIR={named}: no .npz file there")
     return sorted(pathlib.Path(named).glob(pattern))
   found = {path.name: path for path in _OWN.glob(pattern)}
   if _BESIDE.is_dir():
