@@ -207,7 +207,9 @@ class Bounds:
       self.sup, self.uns, self.con = 5e-3, 1.5e-2, 2e-2
       self.grad_norm, self.moved = 4e-2, 4e-2
     else:
-      self.sup, self.uns, self.con = 0.15, 0.3, 2e-2
+      # The contrastive loss only with matching lists, where the original was
+      # off by 2e-2 and the runs have drifted apart for some iterations.
+      self.sup, self.uns, self.con = 0.15, 0.3, 0.1
       self.grad_norm, self.moved = None, 4e-2
     # No tolerance is given for gradient norms of the ill-conditioned runs: they
     # may be off by what the parameters may, and by the original's own distance
@@ -449,8 +451,7 @@ def check_semi(group, recorded, i, metrics, state, bounds):
       f"con {i}",
       metrics["contra_loss"],
       recorded["con"][i],
-      # With matching lists the A, B and C runs still drift apart.
-      atol=bounds.con if X64 or recorded.kind == "D" else 0.35,
+      atol=bounds.con,
     )
   progress = recorded["alpha_t"][i]
   close(f"{group}: schedule", "alpha", metrics["alpha"], progress, rtol=1e-6)
