@@ -193,6 +193,11 @@ def find_unlabelled(
       same id, or the folder of the masks.
   """
   path = storage.join(layout.root, folder).rstrip("/")
+  if not storage.is_folder(path):
+    raise errors.DataError(
+      f"{path}: the folder of the unlabelled images does not exist; it should"
+      " contain the images of dataset.unlabelled_dir"
+    )
   masks = storage.join(layout.root, layout.mask_dir)
   if masks.startswith(path + "/"):
     raise errors.DataError(
@@ -201,11 +206,6 @@ def find_unlabelled(
     )
   try:
     found = list(storage.files_below(path))
-  except (FileNotFoundError, NotADirectoryError):
-    raise errors.DataError(
-      f"{path}: the folder of the unlabelled images does not exist; it should"
-      " contain the images of dataset.unlabelled_dir"
-    ) from None
   except OSError as error:
     raise errors.DataError(
       f"{path}: cannot list the folder: {error.strerror}"

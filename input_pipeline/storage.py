@@ -12,10 +12,16 @@ Path = str | os.PathLike
 
 
 def join(root: Path, *names: str) -> str:
-  """Joins as os.path.join; an absolute or remote name stands for itself."""
+  """Joins as os.path.join; an absolute or remote name stands for itself.
+
+  The names, not the root, lose '.' and slashes that say nothing.
+  """
   path = os.fspath(root)
   for name in names:
-    path = name if is_remote(name) else os.path.join(path, name)
+    if is_remote(name):
+      path = name
+    elif (name := os.path.normpath(name)) != ".":
+      path = os.path.join(path, name)
   return path
 
 
