@@ -24,6 +24,7 @@ from input_pipeline.datasets import (
   voc_palette,
 )
 from input_pipeline.errors import DataError
+from input_pipeline.shards import Shards, shards_folder
 from input_pipeline.sources import Layout, Source, check_files, find_unlabelled
 from input_pipeline.splits import check_splits, read_split
 
@@ -39,6 +40,7 @@ __all__ = [
   "DatasetInfo",
   "Layout",
   "MaskFormat",
+  "Shards",
   "Source",
   "TrainTransform",
   "check_files",
@@ -52,6 +54,7 @@ __all__ = [
   "make_train_stream",
   "read_class_table",
   "read_split",
+  "shards_folder",
   "voc_palette",
 ]
 

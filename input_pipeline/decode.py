@@ -247,13 +247,16 @@ def image_sizes(
 ) -> list[tuple[int, int]]:
   """(height, width) of the images as decode_image returns them.
 
-  Reads headers only.
+  Reads headers only, if those.
 
   Raises:
     DataError: a file is missing or has no readable header.
   """
   sizes = []
   for id in ids:
+    if (size := source.stored_size(id)) is not None:
+      sizes.append(size)
+      continue
     with source.open_image(id) as file:
       height, width, orientation = _read_header(file, source.image_path(id))
     if orientation in _SWAPPING_ORIENTATIONS:

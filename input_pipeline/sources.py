@@ -35,6 +35,9 @@ class Source(Protocol):
   def open_image(self, id: str) -> BinaryIO:
     """The encoded image, for a look at its header; DataError as above."""
 
+  def stored_size(self, id: str) -> tuple[int, int] | None:
+    """(height, width) of the decoded image; None: its header must be read."""
+
   def has_mask(self, id: str) -> bool:
     """Whether there is a mask."""
 
@@ -101,6 +104,9 @@ class Layout:
       return storage.open_file(path)
     except OSError as error:
       raise _unreadable(path, "image", error) from None
+
+  def stored_size(self, id: str) -> None:
+    return None
 
   def has_mask(self, id: str) -> bool:
     return storage.is_file(self.mask_path(id))

@@ -12,6 +12,7 @@ from PIL import Image
 from configs import common
 from input_pipeline import voc_palette
 
+REPOSITORY = pathlib.Path(__file__).parent.parent
 SIZE = (24, 32)
 
 

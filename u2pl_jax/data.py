@@ -13,6 +13,7 @@ from input_pipeline import (
   DataError,
   DatasetInfo,
   Layout,
+  Shards,
   Source,
   TrainTransform,
   check_splits,
@@ -22,14 +23,13 @@ from input_pipeline import (
   make_train_stream,
   read_class_table,
   read_split,
+  shards_folder,
   storage,
 )
 from u2pl_jax.config_checks import check_dataset
 from u2pl_jax.train_step import Recipe
 
 logger = logging.getLogger(__name__)
-
-_LISTED = ("labelled", "validation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,8 @@ def prepare_dataset(config: ml_collections.ConfigDict) -> None:
   dataset = config.dataset
   if dataset.name == "shapes":
     _ensure_shapes(config)
+  if dataset.source == "tfds":
+    return  # `Shards` says what is missing.
   root = str(dataset.root)
   folders = [
     root,
@@ -95,7 +97,9 @@ def prepare_dataset(config: ml_collections.ConfigDict) -> None:
   missing = next((x for x in folders if not storage.is_folder(x)), None)
   if missing is None:
     return
-  wanted = [f"the list {dataset[f'{part}_list']}" for part in _LISTED]
+  wanted = [
+    f"the list {dataset[f'{part}_list']}" for part in ("labelled", "validation")
+  ]
   if dataset.unlabelled_dir:
     wanted.append(f"the images in {dataset.unlabelled_dir}/")
   else:
@@ -125,6 +129,51 @@ def _ensure_shapes(config: ml_collections.ConfigDict) -> None:
   )
 
 
+def read_lists(
+  config: ml_collections.ConfigDict,
+) -> tuple[Source, dict[str, tuple[str, ...]]]:
+  """Opens the source and reads the lists; looks for no file of them.
+
+  Returns:
+    Where images and masks are read, and the ids of 'labelled', 'validation' and
+    'unlabelled'.
+
+  Raises:
+    DataError: a list, the folder of unlabelled images, or a shard is missing or
+      unfit.
+  """
+  dataset = config.dataset
+  ids = {
+    part: read_split(storage.join(dataset.root, dataset[f"{part}_list"]))
+    for part in ("labelled", "validation")
+  }
+  listed = ids["labelled"] + ids["validation"]
+  if dataset.source == "tfds":
+    source = Shards(
+      shards_folder(storage.join(dataset.root, dataset.tfds_dir), dataset.name),
+      mask_format=dataset.mask_format,
+    )
+    if dataset.unlabelled_dir:
+      ids["unlabelled"] = source.unlabelled_in(dataset.unlabelled_dir, listed)
+  else:
+    source = Layout(
+      root=dataset.root,
+      image_dir=dataset.image_dir,
+      mask_dir=dataset.mask_dir,
+      image_suffix=dataset.image_suffix,
+      mask_suffix=dataset.mask_suffix,
+    )
+    if dataset.unlabelled_dir:
+      source, ids["unlabelled"] = find_unlabelled(
+        source, dataset.unlabelled_dir, listed
+      )
+  if not dataset.unlabelled_dir:
+    ids["unlabelled"] = read_split(
+      storage.join(dataset.root, dataset.unlabelled_list)
+    )
+  return source, ids
+
+
 def load_data(config: ml_collections.ConfigDict, info: DatasetInfo) -> Data:
   """Reads the lists and checks that all files are there.
 
@@ -138,21 +187,7 @@ def load_data(config: ml_collections.ConfigDict, info: DatasetInfo) -> Data:
   Raises:
     DataError: a list or a file is missing or unfit.
   """
-  dataset = config.dataset
-  ids = {part: _read_list(dataset, f"{part}_list") for part in _LISTED}
-  source = Layout(
-    root=dataset.root,
-    image_dir=dataset.image_dir,
-    mask_dir=dataset.mask_dir,
-    image_suffix=dataset.image_suffix,
-    mask_suffix=dataset.mask_suffix,
-  )
-  if dataset.unlabelled_dir:
-    source, ids["unlabelled"] = find_unlabelled(
-      source, dataset.unlabelled_dir, ids["labelled"] + ids["validation"]
-    )
-  else:
-    ids["unlabelled"] = _read_list(dataset, "unlabelled_list")
+  source, ids = read_lists(config)
   check_splits(ids["labelled"], ids["unlabelled"], ids["validation"])
   source.check(ids["labelled"], masks=True)
   source.check(ids["validation"], masks=True)
@@ -170,10 +205,6 @@ def load_data(config: ml_collections.ConfigDict, info: DatasetInfo) -> Data:
     if part:
       open_eval_stream(config, data, part).close()
   return data
-
-
-def _read_list(dataset: ml_collections.ConfigDict, key: str) -> tuple[str, ...]:
-  return read_split(storage.join(dataset.root, dataset[key]))
 
 
 def _oracle_ids(
