@@ -206,7 +206,11 @@ def test_missing_own_folder_says_what_belongs_there(tmp_path):
   config = data_trees.write_own(tmp_path)
   shutil.rmtree(tmp_path / "masks")
   message = refused(config)
-  for part in ("'folder' needs", "images/<id>,", "the images in more/"):
+  for part in (
+    "'folder' needs",
+    "images/<id>.*, masks/<id>.png,",
+    "the images in more/",
+  ):
     assert part in message
 
 

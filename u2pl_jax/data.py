@@ -107,8 +107,9 @@ def prepare_dataset(config: ml_collections.ConfigDict) -> None:
   source = "" if dataset.name == FOLDER else dataset_info(dataset.name).source
   raise DataError(
     f"{missing}: the folder does not exist. The data set {dataset.name!r} needs"
-    f" {root} with {dataset.image_dir}/<id>{dataset.image_suffix},"
-    f" {dataset.mask_dir}/<id>{dataset.mask_suffix}, {', '.join(wanted)}"
+    f" {root} with {dataset.image_dir}/<id>{dataset.image_suffix or '.*'},"
+    f" {dataset.mask_dir}/<id>{dataset.mask_suffix or '.*'},"
+    f" {', '.join(wanted)}"
     " (another place: --config.dataset.root=...)"
     + (f". Where to get it: {source}" if source else "")
   )
