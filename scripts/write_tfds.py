@@ -91,7 +91,7 @@ def write(config, output: str | None) -> str:
   all_ids = (*ids["labelled"], *ids["unlabelled"], *ids["validation"])
   return tfds_builders.write_shards(
     source,
-    tuple(dict.fromkeys((*all_ids, *in_folder))),
+    tuple(dict.fromkeys(all_ids)),
     output or storage.join(dataset.root, dataset.tfds_dir),
     dataset_name=info.name,
     mask_format=dataset.mask_format,

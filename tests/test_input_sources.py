@@ -348,6 +348,7 @@ def test_object_storage_is_read_as_files_are(bucket):
     if "masks" not in name:
       pixels = rng.integers(0, 256, (9, 12, 3), np.uint8)
     Image.fromarray(pixels).save(bucket / name)
+  write(bucket / "more/.thumbs/t.jpg")
   write(bucket / "labelled.txt", "a\n")
   write(bucket / "classes.txt", "ground\ncoin\n")
 

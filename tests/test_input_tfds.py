@@ -227,12 +227,22 @@ def test_an_id_taken_off_a_list_becomes_unlabelled(own_trees):
 def test_order_survives_the_sorting_on_disk(tmp_path, monkeypatch):
   """Data sets above a gigabyte take another way through the writer."""
   monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1)
+  buckets = []
+  get_bucket_number = shuffle.get_bucket_number
+
+  def record(**arguments):
+    buckets.append(get_bucket_number(**arguments))
+    return buckets[-1]
+
+  monkeypatch.setattr(shuffle, "get_bucket_number", record)
   config = data_trees.write_voc(tmp_path)
   source, ids = data_lib.read_lists(config)
   ids = sum(ids.values(), ())
   folder = tfds_builders.write_shards(
     source, ids, str(tmp_path / "out"), dataset_name="voc"
   )
+  # A seventh of the range apart: no bucket is all of the data in memory.
+  assert buckets == [0, 142, 285, 428, 571, 714, 857] * 2
   shards = ip.Shards(folder, mask_format="index")
   for id in ids:
     assert shards.read_image(id) == source.read_image(id)
