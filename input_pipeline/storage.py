@@ -4,9 +4,12 @@ A local path goes straight to the operating system. One with '://' goes through
 etils, which is loaded for such a path alone.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import BinaryIO
+
+from input_pipeline import errors
 
 Path = str | os.PathLike
 
@@ -37,12 +40,8 @@ def read_bytes(path: Path) -> bytes:
     OSError: it cannot be read; FileNotFoundError if there is none.
   """
   with open_file(path) as file:
-    try:
+    with _os_errors():
       return file.read()
-    except OSError:
-      raise
-    except Exception as error:
-      raise _as_os_error(error) from None
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -60,22 +59,22 @@ def is_file(path: Path) -> bool:
   """Whether there is a file (remote: anything but a folder).
 
   Raises:
-    OSError: the object store does not answer.
+    DataError: the object store does not answer.
   """
   if not is_remote(path):
     return os.path.isfile(path)
-  return _remote(path, lambda remote: remote.exists() and not remote.is_dir())
+  return _ask(path, lambda remote: remote.exists() and not remote.is_dir())
 
 
 def is_folder(path: Path) -> bool:
   """Whether there is a folder.
 
   Raises:
-    OSError: the object store does not answer.
+    DataError: the object store does not answer.
   """
   if not is_remote(path):
     return os.path.isdir(path)
-  return _remote(path, lambda remote: remote.is_dir())
+  return _ask(path, lambda remote: remote.is_dir())
 
 
 def names_in(folder: Path) -> set[str]:
@@ -122,18 +121,29 @@ def _raise(error: OSError) -> None:
   raise error
 
 
+def _ask(path: Path, question) -> bool:
+  # Whoever asks expects an answer, not an error of the network.
+  try:
+    return _remote(path, question)
+  except OSError as error:
+    raise errors.DataError(f"{path}: cannot look: {error.strerror}") from None
+
+
 def _remote(path: Path, do):
   """do(remote path), whose libraries have many errors, with OSError alone."""
   from etils import epath
 
-  try:
+  with _os_errors():
     return do(epath.Path(path))
-  except OSError:
-    raise
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+  """Turns every error into an OSError with one line in strerror."""
+  try:
+    yield
   except Exception as error:
-    raise _as_os_error(error) from None
-
-
-def _as_os_error(error: Exception) -> OSError:
-  text = " ".join(str(error).split()) or type(error).__name__
-  return OSError(0, f"{type(error).__name__}: {text}")
+    if isinstance(error, FileNotFoundError) or getattr(error, "strerror", None):
+      raise
+    text = " ".join(str(error).split())
+    raise OSError(0, f"{type(error).__name__}: {text}") from None

@@ -124,7 +124,8 @@ def write_shards(
     The folder of the shards.
 
   Raises:
-    DataError: it exists already, a file cannot be read, or there is no mask.
+    DataError: it exists already, cannot be written, a file cannot be read, or
+      there is no mask.
   """
   name = shards.builder_name(dataset_name)
   folder = shards.shards_folder(output, dataset_name)
@@ -151,10 +152,15 @@ def write_shards(
     data_dir=os.fspath(output), source=source, index=index, report=report
   )
   tfds.disable_progress_bar()
-  with (
-    tempfile.TemporaryDirectory() as downloads,
-    # It announces a download of unknown size, and the reuse of its result.
-    contextlib.redirect_stdout(io.StringIO()),
-  ):
-    builder.download_and_prepare(download_dir=downloads)
+  try:
+    with (
+      tempfile.TemporaryDirectory() as downloads,
+      # It announces a download of unknown size, and the reuse of its result.
+      contextlib.redirect_stdout(io.StringIO()),
+    ):
+      builder.download_and_prepare(download_dir=downloads)
+  except OSError as error:
+    raise errors.DataError(
+      f"{folder}: cannot write the shards: {error.strerror or error}"
+    ) from None
   return folder

@@ -381,15 +381,28 @@ def test_object_storage_is_read_as_files_are(bucket):
   assert message.startswith("gs://bucket/masks/b.png: mask not found; 1 of 2")
 
 
-def test_errors_of_object_storage_are_one_line(no_tensorflow):
-  def refuse(original, path, mode):
-    raise RuntimeError("403\nno credentials for the bucket")
+@pytest.mark.parametrize("kind", [RuntimeError, OSError])
+def test_errors_of_object_storage_are_one_line(no_tensorflow, kind):
+  def refuse(original, path, *mode):
+    raise kind("403\nno credentials for the bucket")
 
-  with epath.testing.mock_epath(open=refuse):
+  with epath.testing.mock_epath(
+    open=refuse, isdir=refuse, exists=refuse, listdir=refuse
+  ):
     message = message_of(sources.read_file, "gs://bucket/a.jpg", "image")
+    layout = ip.Layout("gs://bucket", "i", "m", "")
+    for function, argument in [
+      (layout.has_mask, "a"),
+      (layout.read_image, "a"),
+      (lambda id: layout.check([id], masks=False), "a"),
+      (ip.read_split, "gs://bucket/list.txt"),
+      (lambda folder: ip.find_unlabelled(layout, folder, ()), "u"),
+      (lambda path: ip.Shards(path, mask_format="index"), "gs://bucket/tfds"),
+    ]:
+      assert "403 no credentials" in message_of(function, argument)
   assert message == (
-    "gs://bucket/a.jpg: cannot read the image: RuntimeError: 403 no credentials"
-    " for the bucket"
+    f"gs://bucket/a.jpg: cannot read the image: {kind.__name__}: 403 no"
+    " credentials for the bucket"
   )
 
 

@@ -353,6 +353,17 @@ def test_a_failed_write_leaves_nothing(tmp_path):
   assert not list((tmp_path / "out").rglob("*.*"))
 
 
+def test_an_output_that_cannot_be_written(trees, tmp_path):
+  (tmp_path / "out").write_text("a file")
+  result = write_tfds(trees["voc_aug"], f"--output={tmp_path}/out")
+  assert result.returncode == 1
+  assert result.stderr.splitlines()[-1] == (
+    f"error: {tmp_path}/out/voc_aug/1.0.0: cannot write the shards: Not a"
+    " directory"
+  )
+  assert "Traceback" not in result.stderr
+
+
 def test_writing_twice_is_refused(trees):
   result = write_tfds(trees["voc_aug"])
   assert result.returncode == 1
