@@ -14,9 +14,19 @@ Data are checked where they are read; every problem is one DataError.
 
 from typing import TYPE_CHECKING
 
-from input_pipeline.datasets import DatasetInfo, dataset_info, voc_palette
+from input_pipeline.datasets import (
+  FOLDER,
+  MASK_FORMATS,
+  DatasetInfo,
+  MaskFormat,
+  dataset_info,
+  read_class_table,
+  voc_palette,
+)
 from input_pipeline.errors import DataError
-from input_pipeline.splits import Layout, check_files, check_splits, read_split
+from input_pipeline.shards import Shards, shards_folder
+from input_pipeline.sources import Layout, Source, check_files, find_unlabelled
+from input_pipeline.splits import check_splits, read_split
 
 if TYPE_CHECKING:
   from input_pipeline.decode import decode_image, decode_mask, image_sizes
@@ -24,19 +34,27 @@ if TYPE_CHECKING:
   from input_pipeline.transforms import TrainTransform
 
 __all__ = [
+  "FOLDER",
+  "MASK_FORMATS",
   "DataError",
   "DatasetInfo",
   "Layout",
+  "MaskFormat",
+  "Shards",
+  "Source",
   "TrainTransform",
   "check_files",
   "check_splits",
   "dataset_info",
   "decode_image",
   "decode_mask",
+  "find_unlabelled",
   "image_sizes",
   "make_eval_stream",
   "make_train_stream",
+  "read_class_table",
   "read_split",
+  "shards_folder",
   "voc_palette",
 ]
 

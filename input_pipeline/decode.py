@@ -1,18 +1,31 @@
-"""Files to arrays: photographs to RGB, masks to class ids."""
+"""Encoded bytes to arrays: photographs to RGB, masks to class ids."""
 
+import functools
+import io
 import os
 import warnings
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from input_pipeline import errors, splits
+from input_pipeline import errors, sources
+from input_pipeline.datasets import INDEX_MASKS, MaskFormat
 
 # EXIF: tag of the orientation, and its values that swap height and width.
 _EXIF_ORIENTATION = 0x0112
 _SWAPPING_ORIENTATIONS = frozenset((5, 6, 7, 8))
+
+# PIL reports damage inside a PNG as a SyntaxError.
+_PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+# Train id of the label ids 0 ... 33 of Cityscapes, -1 for those to ignore.
+_TRAIN_IDS = (
+  *(-1, -1, -1, -1, -1, -1, -1, 0, 1, -1, -1, 2, 3, 4, -1, -1, -1),
+  *(5, -1, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, -1, -1, 16, 17, 18),
+)
 
 
 def decode_image(path: str | os.PathLike) -> np.ndarray:
@@ -31,7 +44,11 @@ def decode_image(path: str | os.PathLike) -> np.ndarray:
   Raises:
     DataError: the file is missing, truncated, or not an image.
   """
-  data = _read_bytes(path, "image")
+  return image_from_bytes(sources.read_file(path, "image"), path)
+
+
+def image_from_bytes(data: bytes, path: str | os.PathLike) -> np.ndarray:
+  """decode_image of bytes that were read already; `path` is for messages."""
   if data.startswith(b"\xff\xd8") and _is_truncated_jpeg(data):
     # Some OpenCV versions fill the missing part with grey, silently.
     raise errors.DataError(
@@ -50,61 +67,173 @@ def decode_image(path: str | os.PathLike) -> np.ndarray:
 
 
 def decode_mask(
-  path: str | os.PathLike, *, num_classes: int, ignore_label: int
+  path: str | os.PathLike,
+  *,
+  num_classes: int,
+  ignore_label: int,
+  mask_format: MaskFormat = INDEX_MASKS,
 ) -> np.ndarray:
   """Reads a mask as class ids.
 
-  The ids are the pixel values of a greyscale image or the palette indices of a
-  palette image; the colours of the palette do not matter.
+  Without another format the ids are the pixel values of a greyscale image or
+  the palette indices of a palette image; the colours of the palette do not
+  matter.
 
   Args:
-    path: an image file with one channel, usually PNG.
+    path: an image file stored without losses, usually PNG.
     num_classes: valid ids are 0 ... num_classes - 1.
     ignore_label: the one other value that may occur.
+    mask_format: what the pixels mean.
 
   Returns:
     uint8 [h, w].
 
   Raises:
-    DataError: the file is missing, damaged, stored with losses or in colours,
-      or holds another value.
+    DataError: the file is missing, damaged, stored with losses, not of this
+      format, or holds another value or colour.
   """
-  mask = _read_indices(path)
+  return mask_from_bytes(
+    sources.read_file(path, "mask"),
+    path,
+    num_classes=num_classes,
+    ignore_label=ignore_label,
+    mask_format=mask_format,
+  )
+
+
+def mask_from_bytes(
+  data: bytes,
+  path: str | os.PathLike,
+  *,
+  num_classes: int,
+  ignore_label: int,
+  mask_format: MaskFormat = INDEX_MASKS,
+) -> np.ndarray:
+  """decode_mask of bytes that were read already; `path` is for messages."""
+  if mask_format.kind == "colours":
+    return _ids_of_colours(data, path, mask_format, ignore_label)
+  mask = _read_indices(data, path)
+  if mask_format.kind == "cityscapes_label_ids":
+    return _train_ids(mask, path, ignore_label)
   invalid = (mask >= num_classes) & (mask != ignore_label)
   if invalid.any():
-    row, column = np.unravel_index(np.argmax(invalid), mask.shape)
-    value = mask[row, column]
-    count = int((mask == value).sum())
-    others = [int(v) for v in np.unique(mask[invalid]) if v != value]
-    also = ""
-    if others:
-      shown = ", ".join(map(str, others[:5]))
-      also = f", and also {shown}{', ...' if len(others) > 5 else ''}"
-    raise errors.DataError(
-      f"{path}: label value {value} in {count} pixels{also}, first at row"
-      f" {row}, column {column}; labels must be 0 to {num_classes - 1}, or"
-      f" {ignore_label} for pixels to ignore: correct the mask or num_classes"
+    _refuse_values(
+      mask,
+      invalid,
+      path,
+      f"labels must be 0 to {num_classes - 1}, or {ignore_label} for pixels to"
+      " ignore: correct the mask, the class table or dataset.mask_format",
     )
   # Wider pixels were checked above to hold small values.
   return mask.astype(np.uint8, copy=False)
 
 
+def _train_ids(
+  mask: np.ndarray, path: str | os.PathLike, ignore_label: int
+) -> np.ndarray:
+  invalid = (mask >= len(_TRAIN_IDS)) | (mask < 0)
+  if invalid.any():
+    _refuse_values(
+      mask,
+      invalid,
+      path,
+      f"label ids of Cityscapes are 0 to {len(_TRAIN_IDS) - 1}: for masks of"
+      " train ids set dataset.mask_format='index'",
+    )
+  train_ids = np.array(_TRAIN_IDS)
+  table = np.where(train_ids < 0, ignore_label, train_ids).astype(np.uint8)
+  return table[mask]
+
+
+def _refuse_values(
+  mask: np.ndarray, invalid: np.ndarray, path: str | os.PathLike, rule: str
+):
+  """Raises the DataError that says which values are invalid, and where."""
+  row, column = np.unravel_index(np.argmax(invalid), mask.shape)
+  value = mask[row, column]
+  count = int((mask == value).sum())
+  others = [int(v) for v in np.unique(mask[invalid]) if v != value]
+  also = ""
+  if others:
+    shown = ", ".join(map(str, others[:5]))
+    also = f", and also {shown}{', ...' if len(others) > 5 else ''}"
+  raise errors.DataError(
+    f"{path}: label value {value} in {count} pixels{also}, first at row {row},"
+    f" column {column}; {rule}"
+  )
+
+
+def _ids_of_colours(
+  data: bytes,
+  path: str | os.PathLike,
+  mask_format: MaskFormat,
+  ignore_label: int,
+) -> np.ndarray:
+  rgb = _read_colours(data, path)
+  table = _colour_table(mask_format, ignore_label)
+  codes = rgb[..., 0].astype(np.int32) << 16
+  codes |= rgb[..., 1].astype(np.int32) << 8
+  codes |= rgb[..., 2]
+  ids = table[codes]
+  invalid = ids == _no_class(ignore_label)
+  if invalid.any():
+    row, column = np.unravel_index(np.argmax(invalid), ids.shape)
+    count = int((codes == codes[row, column]).sum())
+    others = len(np.unique(codes[invalid])) - 1
+    also = f", and {others} other such colours" if others else ""
+    colour = tuple(int(value) for value in rgb[row, column])
+    raise errors.DataError(
+      f"{path}: colour {colour} in {count} pixels{also}, first at row {row},"
+      f" column {column}, is that of no class: correct the mask, or add the"
+      " colour to the class table (as 'ignore R G B' for pixels to ignore)"
+    )
+  return ids
+
+
+def _no_class(ignore_label: int) -> int:
+  # There are at most 254 classes, so that one of these ids is free.
+  return 254 if ignore_label != 254 else 255
+
+
+@functools.lru_cache(maxsize=4)
+def _colour_table(mask_format: MaskFormat, ignore_label: int) -> np.ndarray:
+  """Class id of every 24-bit colour, uint8 [2 ** 24]: one gather per mask."""
+  table = np.full(1 << 24, _no_class(ignore_label), np.uint8)
+  for class_id, (red, green, blue) in enumerate(mask_format.palette):
+    table[red << 16 | green << 8 | blue] = class_id
+  if mask_format.ignore_colour is not None:
+    red, green, blue = mask_format.ignore_colour
+    table[red << 16 | green << 8 | blue] = ignore_label
+  return table
+
+
 def decode_pair(
-  layout: splits.Layout, id: str, *, num_classes: int, ignore_label: int
+  source: sources.Source,
+  id: str,
+  *,
+  num_classes: int,
+  ignore_label: int,
+  mask_format: MaskFormat = INDEX_MASKS,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Reads an image and its mask: uint8 [h, w, 3] and uint8 [h, w].
 
   Raises:
     DataError: as decode_image and decode_mask, or the sizes differ.
   """
-  image_path, mask_path = layout.image_path(id), layout.mask_path(id)
-  image = decode_image(image_path)
-  mask = decode_mask(
-    mask_path, num_classes=num_classes, ignore_label=ignore_label
+  image_path, mask_path = source.image_path(id), source.mask_path(id)
+  data = source.read_image(id)
+  image = image_from_bytes(data, image_path)
+  mask = mask_from_bytes(
+    source.read_mask(id),
+    mask_path,
+    num_classes=num_classes,
+    ignore_label=ignore_label,
+    mask_format=mask_format,
   )
   if mask.shape != image.shape[:2]:
     fix = "make one mask pixel per image pixel"
-    if mask.shape == _unrotated_size(image_path):
+    height, width, orientation = _read_header(io.BytesIO(data), image_path)
+    if orientation in _SWAPPING_ORIENTATIONS and mask.shape == (height, width):
       fix = "the image is rotated by its EXIF tag: save it without the tag"
     raise errors.DataError(
       f"{image_path} is {_size_text(image.shape)} but its mask {mask_path} is"
@@ -114,42 +243,26 @@ def decode_pair(
 
 
 def image_sizes(
-  layout: splits.Layout, ids: Sequence[str]
+  source: sources.Source, ids: Sequence[str]
 ) -> list[tuple[int, int]]:
   """(height, width) of the images as decode_image returns them.
 
-  Reads headers only.
+  Reads headers only, if those.
 
   Raises:
     DataError: a file is missing or has no readable header.
   """
   sizes = []
   for id in ids:
-    path = layout.image_path(id)
-    height, width, orientation = _read_header(path)
+    if (size := source.stored_size(id)) is not None:
+      sizes.append(size)
+      continue
+    with source.open_image(id) as file:
+      height, width, orientation = _read_header(file, source.image_path(id))
     if orientation in _SWAPPING_ORIENTATIONS:
       height, width = width, height
     sizes.append((height, width))
   return sizes
-
-
-def _read_bytes(path: str | os.PathLike, kind: str) -> bytes:
-  try:
-    with open(path, "rb") as file:
-      data = file.read()
-  except FileNotFoundError:
-    raise errors.DataError(
-      f"{path}: {kind} not found; add the file, or take its id off the list"
-    ) from None
-  except OSError as error:
-    raise errors.DataError(
-      f"{path}: cannot read the {kind}: {error.strerror}"
-    ) from None
-  if not data:
-    raise errors.DataError(
-      f"{path}: the {kind} file is empty; copy or download it again"
-    )
-  return data
 
 
 def _is_truncated_jpeg(data: bytes) -> bool:
@@ -160,70 +273,84 @@ def _is_truncated_jpeg(data: bytes) -> bool:
   return start_of_scan < 0 or data.find(b"\xff\xd9", start_of_scan) < 0
 
 
-def _read_indices(path: str | os.PathLike) -> np.ndarray:
+def _read_indices(data: bytes, path: str | os.PathLike) -> np.ndarray:
   """Pixel values of a one-channel image as stored, an integer [h, w] array."""
-  if not os.path.isfile(path):
-    raise errors.DataError(
-      f"{path}: mask not found; every labelled image needs one: add the file,"
-      " or take its id off the list"
-    )
-  try:
-    with Image.open(path) as file:
-      format, mode = file.format, file.mode
-      if format == "JPEG":
-        raise errors.DataError(
-          f"{path}: the mask is a JPEG, whose compression changes labels; save"
-          " it as an index (palette or 8-bit grey) PNG"
-        )
-      if mode not in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L"):
-        raise errors.DataError(
-          f"{path}: the mask holds colours ({mode}), not class ids; it must be"
-          " an index (palette or 8-bit grey) PNG, so replace each colour by the"
-          " id of its class"
-        )
-      values = np.asarray(file)
-  except errors.DataError:
-    raise
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-    # PIL reports damage inside a PNG as a SyntaxError.
-    raise errors.DataError(
-      f"{path}: the mask cannot be decoded; it is damaged or truncated: copy or"
-      " export it again"
-    ) from None
+  with _open_mask(data, path) as file:
+    format, mode = file.format, file.mode
+    if mode not in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L"):
+      raise errors.DataError(
+        f"{path}: the mask holds colours ({mode}), not class ids; it must be an"
+        " index (palette or 8-bit grey) PNG, or set"
+        " dataset.mask_format='colours' if they are those of the classes"
+      )
+    values = _pixels(file, path)
   if mode == "1":
     return values.astype(np.uint8)
   if mode == "L" and format == "PNG":
     # PIL stretches grey of 2 and 4 bits to 0 ... 255.
-    with open(path, "rb") as file:
-      bit_depth = file.read(25)[24]
+    bit_depth = data[24]
     if bit_depth < 8:
       return values // (255 // (2**bit_depth - 1))
   return values
 
 
-def _read_header(path: str | os.PathLike) -> tuple[int, int, int]:
+def _read_colours(data: bytes, path: str | os.PathLike) -> np.ndarray:
+  """Colours of an 8-bit image, grey and palette ones too: uint8 [h, w, 3]."""
+  with _open_mask(data, path) as file:
+    if file.mode not in ("RGB", "RGBA", "P", "L", "LA", "1"):
+      raise errors.DataError(
+        f"{path}: the mask is of mode {file.mode}, not of 8-bit colours; save"
+        " it as an RGB PNG"
+      )
+    return _pixels(file, path, convert="RGB")
+
+
+def _open_mask(data: bytes, path: str | os.PathLike) -> Image.Image:
+  try:
+    file = Image.open(io.BytesIO(data))
+  except _PIL_ERRORS:
+    raise _damaged_mask(path) from None
+  if file.format == "JPEG":
+    file.close()
+    raise errors.DataError(
+      f"{path}: the mask is a JPEG, whose compression changes labels; save it"
+      " as PNG"
+    )
+  return file
+
+
+def _pixels(
+  file: Image.Image, path: str | os.PathLike, *, convert: str | None = None
+) -> np.ndarray:
+  try:
+    return np.asarray(file if convert is None else file.convert(convert))
+  except _PIL_ERRORS:
+    raise _damaged_mask(path) from None
+
+
+def _damaged_mask(path: str | os.PathLike) -> errors.DataError:
+  return errors.DataError(
+    f"{path}: the mask cannot be decoded; it is damaged or truncated: copy or"
+    " export it again"
+  )
+
+
+def _read_header(
+  file: BinaryIO, path: str | os.PathLike
+) -> tuple[int, int, int]:
   """(height, width, EXIF orientation), the size before the rotation."""
   try:
     with warnings.catch_warnings():
       # PIL warns from 90 megapixels on; the size is all that is read here.
       warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-      with Image.open(path) as file:
-        orientation = file.getexif().get(_EXIF_ORIENTATION, 1)
-        return file.height, file.width, orientation
-  except FileNotFoundError:
-    raise errors.DataError(
-      f"{path}: image not found; add the file, or take its id off the list"
-    ) from None
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+      with Image.open(file) as image:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        return image.height, image.width, orientation
+  except _PIL_ERRORS:
     raise errors.DataError(
       f"{path}: cannot be read as an image; it is damaged, truncated or of an"
       " unknown format: replace it, or save it as JPEG or PNG"
     ) from None
-
-
-def _unrotated_size(path: str) -> tuple[int, int] | None:
-  height, width, orientation = _read_header(path)
-  return (height, width) if orientation in _SWAPPING_ORIENTATIONS else None
 
 
 def _size_text(shape: tuple[int, ...]) -> str:

@@ -20,7 +20,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from input_pipeline import decode, errors, splits, transforms
+from input_pipeline import datasets, decode, errors, sources, transforms
 
 Batch = dict[str, np.ndarray]
 
@@ -31,7 +31,7 @@ _ERROR = "error"
 
 
 def make_train_stream(
-  layout: splits.Layout,
+  source: sources.Source,
   ids: Sequence[str],
   transform: transforms.TrainTransform,
   *,
@@ -41,6 +41,7 @@ def make_train_stream(
   with_labels: bool,
   num_classes: int,
   ignore_label: int = 255,
+  mask_format: datasets.MaskFormat = datasets.INDEX_MASKS,
   num_workers: int = 0,
   num_threads: int = 4,
   prefetch: int = 4,
@@ -60,7 +61,7 @@ def make_train_stream(
   main module must be importable and guard its work by `__name__`.
 
   Args:
-    layout: where the files are.
+    source: where images and masks come from, such as a Layout.
     ids: the images.
     transform: makes one crop, `(image, mask or None, rng) -> dict`.
     batch_size: rows of the global batch.
@@ -69,6 +70,7 @@ def make_train_stream(
     with_labels: whether to read masks; False never touches a mask file.
     num_classes: valid labels are 0 ... num_classes - 1.
     ignore_label: the one other label that masks may hold.
+    mask_format: what the pixels of masks mean.
     num_workers: processes that build batches; 0 builds them in this process.
     num_threads: threads per process; 0 with num_workers=0 builds each batch
       when it is asked for.
@@ -104,7 +106,13 @@ def make_train_stream(
       f"batch_size {batch_size} must be a multiple of shard_count {shard_count}"
     )
   load = _LoadTrainExample(
-    layout, tuple(ids), transform, with_labels, num_classes, ignore_label
+    source,
+    tuple(ids),
+    transform,
+    with_labels,
+    num_classes,
+    ignore_label,
+    mask_format,
   )
   rows_here = batch_size // shard_count
   # Seeds of our own, not grain's default ones: those depend on how many
@@ -141,7 +149,7 @@ def make_train_stream(
 
 
 def make_eval_stream(
-  layout: splits.Layout,
+  source: sources.Source,
   ids: Sequence[str],
   *,
   batch_size: int,
@@ -149,6 +157,7 @@ def make_eval_stream(
   center_crop: bool = False,
   num_classes: int,
   ignore_label: int = 255,
+  mask_format: datasets.MaskFormat = datasets.INDEX_MASKS,
   with_labels: bool = True,
   num_threads: int = 4,
   prefetch: int = 4,
@@ -161,7 +170,7 @@ def make_eval_stream(
   repeats its last image, with is_real False and all labels ignored.
 
   Args:
-    layout: where the files are.
+    source: where images and masks come from, such as a Layout.
     ids: the images.
     batch_size: rows of every batch.
     pad_to: (h, w) of every batch, or None.
@@ -169,6 +178,7 @@ def make_eval_stream(
       down to its middle: the protocol of the published code.
     num_classes: valid labels are 0 ... num_classes - 1.
     ignore_label: the one other label that masks may hold; label of the padding.
+    mask_format: what the pixels of masks mean.
     with_labels: whether to read masks; False never touches a mask file.
     num_threads: threads that build batches; 0 builds them when asked for.
     prefetch: batches to keep ready, raised to num_threads.
@@ -193,19 +203,20 @@ def make_eval_stream(
   if center_crop and pad_to is None:
     raise ValueError("center_crop needs the size of the crop in pad_to")
   plan = _plan_eval(
-    layout,
+    source,
     ids,
     batch_size=batch_size,
     pad_to=pad_to,
     center_crop=center_crop,
   )
   load = _LoadEvalBatch(
-    layout,
+    source,
     tuple(ids),
     batch_size,
     with_labels,
     num_classes,
     ignore_label,
+    mask_format,
     center_crop,
   )
   batches = grain.MapDataset.source(plan).map(load)
@@ -297,12 +308,13 @@ class _HostRows(grain.MapDataset):
 class _LoadTrainExample:
   """(position in ids, rng) -> one example, or the text of its error."""
 
-  layout: splits.Layout
+  source: sources.Source
   ids: tuple[str, ...]
   transform: Callable[..., dict[str, np.ndarray]]
   with_labels: bool
   num_classes: int
   ignore_label: int
+  mask_format: datasets.MaskFormat
 
   def __call__(self, index: int, rng: np.random.Generator) -> Mapping:
     try:
@@ -325,12 +337,13 @@ class _EvalBatch:
 class _LoadEvalBatch:
   """_EvalBatch -> batch, or the text of its error."""
 
-  layout: splits.Layout
+  source: sources.Source
   ids: tuple[str, ...]
   batch_size: int
   with_labels: bool
   num_classes: int
   ignore_label: int
+  mask_format: datasets.MaskFormat
   center_crop: bool
 
   def __call__(self, plan: _EvalBatch) -> Mapping:
@@ -352,7 +365,7 @@ class _LoadEvalBatch:
           mask, _ = _cut_middle(mask, plan.size)
       h, w = photo.shape[:2]
       if h > plan.size[0] or w > plan.size[1]:
-        path = self.layout.image_path(self.ids[position])
+        path = self.source.image_path(self.ids[position])
         return {
           _ERROR: f"{path}: the image is {h}x{w} (height x width), not what its"
           " header says; save it again"
@@ -387,7 +400,7 @@ def _cut_middle(
 
 
 def _plan_eval(
-  layout: splits.Layout,
+  source: sources.Source,
   ids: Sequence[str],
   *,
   batch_size: int,
@@ -395,13 +408,13 @@ def _plan_eval(
   center_crop: bool,
 ) -> list[_EvalBatch]:
   groups = collections.defaultdict(list)
-  for position, (h, w) in enumerate(decode.image_sizes(layout, ids)):
+  for position, (h, w) in enumerate(decode.image_sizes(source, ids)):
     if pad_to is None:
       groups[h, w].append(position)
       continue
     if not center_crop and (h > pad_to[0] or w > pad_to[1]):
       raise errors.DataError(
-        f"{layout.image_path(ids[position])}: the image is {h}x{w} (height x"
+        f"{source.image_path(ids[position])}: the image is {h}x{w} (height x"
         f" width), larger than eval.pad_to {pad_to[0]}x{pad_to[1]}; raise"
         " eval.pad_to to the largest image, or set it to None"
       )
@@ -417,12 +430,14 @@ def _load(
   job: _LoadTrainExample | _LoadEvalBatch, id: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
   if not job.with_labels:
-    return decode.decode_image(job.layout.image_path(id)), None
+    data = job.source.read_image(id)
+    return decode.image_from_bytes(data, job.source.image_path(id)), None
   return decode.decode_pair(
-    job.layout,
+    job.source,
     id,
     num_classes=job.num_classes,
     ignore_label=job.ignore_label,
+    mask_format=job.mask_format,
   )
 
 

@@ -45,7 +45,7 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
     # No model and no backend: its worker processes must not start one.
     "input_pipeline": (
       {"input_pipeline"},
-      {"PIL", "absl", "cv2", "grain", "numpy", "tensorflow_datasets"},
+      {"PIL", "absl", "cv2", "etils", "grain", "numpy", "tensorflow_datasets"},
     ),
     "u2pl_jax.models": (
       {"u2pl_jax.models"},

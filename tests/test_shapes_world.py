@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline import dataset_info, decode, errors, shapes, splits
+from input_pipeline import dataset_info, decode, errors, shapes, sources, splits
 
 WORLD = shapes.World()
 COUNTS = {
@@ -133,12 +133,12 @@ def test_lists(root):
   assert sorted(labelled + unlabelled) == list(train)
   assert len({*train, *val, *test}) == 12 + 20 + 5 + 4
   splits.check_splits(labelled, unlabelled, val)
-  layout = splits.Layout(root, image_suffix=shapes.IMAGE_SUFFIX)
-  splits.check_files(layout, (*train, *val, *test), masks=True)
+  layout = sources.Layout(root, image_suffix=shapes.IMAGE_SUFFIX)
+  sources.check_files(layout, (*train, *val, *test), masks=True)
 
 
 def test_files_hold_what_render_draws(root):
-  layout = splits.Layout(root, image_suffix=shapes.IMAGE_SUFFIX)
+  layout = sources.Layout(root, image_suffix=shapes.IMAGE_SUFFIX)
   for id, index in (("train_000003", 3), ("val_000001", 1_000_001)):
     image, mask = shapes.render(WORLD, index)
     np.testing.assert_array_equal(

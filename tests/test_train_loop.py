@@ -83,7 +83,7 @@ COMMAND = (
 def run_main(*arguments, code="from u2pl_jax import main"):
   """Runs the command in a process of its own."""
   code += "; from absl import app; app.run(main.main, "
-  code += "flags_parser=main._parse_flags)"
+  code += "flags_parser=main.parse_flags)"
   return subprocess.run(
     [sys.executable, "-c", code, *arguments],
     cwd=REPOSITORY,

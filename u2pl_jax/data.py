@@ -2,8 +2,6 @@
 
 import dataclasses
 import logging
-import os
-import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -11,23 +9,27 @@ import ml_collections
 import numpy as np
 
 from input_pipeline import (
+  FOLDER,
   DataError,
   DatasetInfo,
   Layout,
+  Shards,
+  Source,
   TrainTransform,
-  check_files,
   check_splits,
   dataset_info,
+  find_unlabelled,
   make_eval_stream,
   make_train_stream,
+  read_class_table,
   read_split,
+  shards_folder,
+  storage,
 )
-from u2pl_jax.config_checks import ConfigError
+from u2pl_jax.config_checks import check_dataset
 from u2pl_jax.train_step import Recipe
 
 logger = logging.getLogger(__name__)
-
-_PARTS = ("labelled", "unlabelled", "validation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +38,41 @@ class Data:
 
   Attributes:
     info: names, palette and pixel statistics.
-    layout: where the files are.
+    source: where images and masks are read.
     labelled, unlabelled, validation: ids.
     oracle: the unlabelled ids whose hidden masks measure the pseudo labels.
   """
 
   info: DatasetInfo
-  layout: Layout
+  source: Source
   labelled: tuple[str, ...]
   unlabelled: tuple[str, ...]
   validation: tuple[str, ...]
   oracle: tuple[str, ...]
+
+
+def load_info(config: ml_collections.ConfigDict) -> DatasetInfo:
+  """Names, palette and pixel statistics of the data set of a config.
+
+  Raises:
+    ConfigError: config.dataset cannot work.
+    DataError: an unknown data set, or a bad class table.
+  """
+  dataset = config.dataset
+  check_dataset(dataset)
+  if dataset.name == FOLDER:
+    info = read_class_table(
+      storage.join(dataset.root, dataset.classes_file),
+      need_colours=dataset.mask_format == "colours",
+    )
+  else:
+    info = dataset_info(dataset.name)
+  own = {
+    key: tuple(float(value) for value in dataset[key])
+    for key in ("mean", "std")
+    if dataset[key]
+  }
+  return dataclasses.replace(info, **own)
 
 
 def prepare_dataset(config: ml_collections.ConfigDict) -> None:
@@ -60,17 +86,30 @@ def prepare_dataset(config: ml_collections.ConfigDict) -> None:
   dataset = config.dataset
   if dataset.name == "shapes":
     _ensure_shapes(config)
-  root = pathlib.Path(dataset.root)
-  folders = (root, root / dataset.image_dir, root / dataset.mask_dir)
-  missing = next((folder for folder in folders if not folder.is_dir()), None)
+  if dataset.source == "tfds":
+    return  # `Shards` says what is missing.
+  root = str(dataset.root)
+  folders = [
+    root,
+    storage.join(root, dataset.image_dir),
+    storage.join(root, dataset.mask_dir),
+  ]
+  missing = next((x for x in folders if not storage.is_folder(x)), None)
   if missing is None:
     return
-  lists = ", ".join(dataset[f"{part}_list"] for part in _PARTS)
-  source = dataset_info(dataset.name).source
+  wanted = [
+    f"the list {dataset[f'{part}_list']}" for part in ("labelled", "validation")
+  ]
+  if dataset.unlabelled_dir:
+    wanted.append(f"the images in {dataset.unlabelled_dir}/")
+  else:
+    wanted.append(f"the list {dataset.unlabelled_list}")
+  source = "" if dataset.name == FOLDER else dataset_info(dataset.name).source
   raise DataError(
     f"{missing}: the folder does not exist. The data set {dataset.name!r} needs"
-    f" {root} with {dataset.image_dir}/<id>{dataset.image_suffix},"
-    f" {dataset.mask_dir}/<id>{dataset.mask_suffix} and the lists {lists}"
+    f" {root} with {dataset.image_dir}/<id>{dataset.image_suffix or '.*'},"
+    f" {dataset.mask_dir}/<id>{dataset.mask_suffix or '.*'},"
+    f" {', '.join(wanted)}"
     " (another place: --config.dataset.root=...)"
     + (f". Where to get it: {source}" if source else "")
   )
@@ -91,6 +130,51 @@ def _ensure_shapes(config: ml_collections.ConfigDict) -> None:
   )
 
 
+def read_lists(
+  config: ml_collections.ConfigDict,
+) -> tuple[Source, dict[str, tuple[str, ...]]]:
+  """Opens the source and reads the lists; looks for no file of them.
+
+  Returns:
+    Where images and masks are read, and the ids of 'labelled', 'validation' and
+    'unlabelled'.
+
+  Raises:
+    DataError: a list, the folder of unlabelled images, or a shard is missing or
+      unfit.
+  """
+  dataset = config.dataset
+  ids = {
+    part: read_split(storage.join(dataset.root, dataset[f"{part}_list"]))
+    for part in ("labelled", "validation")
+  }
+  listed = ids["labelled"] + ids["validation"]
+  if dataset.source == "tfds":
+    source = Shards(
+      shards_folder(storage.join(dataset.root, dataset.tfds_dir), dataset.name),
+      mask_format=dataset.mask_format,
+    )
+    if dataset.unlabelled_dir:
+      ids["unlabelled"] = source.unlabelled_in(dataset.unlabelled_dir, listed)
+  else:
+    source = Layout(
+      root=dataset.root,
+      image_dir=dataset.image_dir,
+      mask_dir=dataset.mask_dir,
+      image_suffix=dataset.image_suffix,
+      mask_suffix=dataset.mask_suffix,
+    )
+    if dataset.unlabelled_dir:
+      source, ids["unlabelled"] = find_unlabelled(
+        source, dataset.unlabelled_dir, listed
+      )
+  if not dataset.unlabelled_dir:
+    ids["unlabelled"] = read_split(
+      storage.join(dataset.root, dataset.unlabelled_list)
+    )
+  return source, ids
+
+
 def load_data(config: ml_collections.ConfigDict, info: DatasetInfo) -> Data:
   """Reads the lists and checks that all files are there.
 
@@ -102,35 +186,18 @@ def load_data(config: ml_collections.ConfigDict, info: DatasetInfo) -> Data:
     `Data`.
 
   Raises:
-    ConfigError: a list is not set.
     DataError: a list or a file is missing or unfit.
   """
-  dataset = config.dataset
-  layout = Layout(
-    root=dataset.root,
-    image_dir=dataset.image_dir,
-    mask_dir=dataset.mask_dir,
-    image_suffix=dataset.image_suffix,
-    mask_suffix=dataset.mask_suffix,
-  )
-  ids = {}
-  for part in _PARTS:
-    path = dataset[f"{part}_list"]
-    if not path:
-      raise ConfigError(
-        f"config.dataset.{part}_list='': must name a text file with one image"
-        " id a line"
-      )
-    ids[part] = read_split(pathlib.Path(dataset.root) / path)
-  check_splits(*(ids[part] for part in _PARTS))
-  check_files(layout, ids["labelled"], masks=True)
-  check_files(layout, ids["validation"], masks=True)
+  source, ids = read_lists(config)
+  check_splits(ids["labelled"], ids["unlabelled"], ids["validation"])
+  source.check(ids["labelled"], masks=True)
+  source.check(ids["validation"], masks=True)
   if config.method != "supervised":
-    check_files(layout, ids["unlabelled"], masks=False)
+    source.check(ids["unlabelled"], masks=False)
   data = Data(
     info=info,
-    layout=layout,
-    oracle=_oracle_ids(config, layout, ids["unlabelled"]),
+    source=source,
+    oracle=_oracle_ids(config, source, ids["unlabelled"]),
     **ids,
   )
   # Opening a stream reads the sizes of its images: one that does not fit into
@@ -142,7 +209,7 @@ def load_data(config: ml_collections.ConfigDict, info: DatasetInfo) -> Data:
 
 
 def _oracle_ids(
-  config: ml_collections.ConfigDict, layout: Layout, unlabelled: tuple[str, ...]
+  config: ml_collections.ConfigDict, source: Source, unlabelled: tuple[str, ...]
 ) -> tuple[str, ...]:
   """The first unlabelled images that have a mask after all."""
   wanted = config.eval.oracle_images
@@ -152,12 +219,12 @@ def _oracle_ids(
   for image_id in unlabelled:
     if len(found) == wanted:
       break
-    if os.path.exists(layout.mask_path(image_id)):
+    if source.has_mask(image_id):
       found.append(image_id)
   if not found:
     logger.info(
-      "no oracle/ metrics: the unlabelled images have no masks in %s",
-      pathlib.Path(layout.root) / layout.mask_dir,
+      "no oracle/ metrics: the unlabelled images have no masks such as %s",
+      source.mask_path(unlabelled[0]),
     )
   return tuple(found)
 
@@ -174,7 +241,7 @@ def open_train_stream(
   inputs = config.input
   ignore = config.dataset.ignore_label
   return make_train_stream(
-    data.layout,
+    data.source,
     data.labelled if labelled else data.unlabelled,
     TrainTransform(
       crop_size=tuple(inputs.crop_size),
@@ -189,6 +256,7 @@ def open_train_stream(
     with_labels=labelled,
     num_classes=data.info.num_classes,
     ignore_label=ignore,
+    mask_format=data.info.mask_format(config.dataset.mask_format),
     num_workers=inputs.num_workers,
     num_threads=inputs.num_threads,
     prefetch=inputs.prefetch,
@@ -203,13 +271,14 @@ def open_eval_stream(
   """Whole images with labels, in the form of the config's protocol."""
   protocol = config.eval.protocol
   return make_eval_stream(
-    data.layout,
+    data.source,
     ids,
     batch_size=config.eval.batch,
     pad_to=None if protocol == "whole" else tuple(config.eval.pad_to),
     center_crop=protocol == "center_crop",
     num_classes=data.info.num_classes,
     ignore_label=config.dataset.ignore_label,
+    mask_format=data.info.mask_format(config.dataset.mask_format),
     with_labels=True,
     num_threads=config.input.num_threads,
     prefetch=config.input.prefetch,

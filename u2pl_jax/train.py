@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from input_pipeline import dataset_info
 from u2pl_jax import metrics as metrics_lib
 from u2pl_jax import report, sharding, writers
 from u2pl_jax.build import DataSpec, Program, build, make_memory_bank
@@ -30,6 +29,7 @@ from u2pl_jax.config_checks import ConfigError, check_config
 from u2pl_jax.data import (
   Data,
   load_data,
+  load_info,
   open_eval_stream,
   open_train_stream,
   prepare_dataset,
@@ -79,7 +79,7 @@ def train_and_evaluate(
     KeyboardInterrupt: with a line that says how to go on.
   """
   workdir = pathlib.Path(workdir)
-  info = dataset_info(config.dataset.name)
+  info = load_info(config)
   check_config(
     config, num_classes=info.num_classes, num_devices=jax.device_count()
   )

@@ -1,0 +1,116 @@
+"""Writes the images and masks of a config into shards, for object storage.
+
+  python scripts/write_tfds.py --config=configs/voc_1464.py
+  python scripts/write_tfds.py --config=configs/voc_1464.py \
+    --output=gs://bucket/tfds
+
+All images of the config's three lists, and every mask of theirs that there is,
+so that the shards serve every split of the same images. The encoded bytes stay
+as they are. Read them with --config.dataset.source=tfds and, unless they lie in
+<dataset.root>/tfds, --config.dataset.tfds_dir=<output>. The lists (and the
+class table) are still read from dataset.root.
+
+Needs up to twice the size of the data on the disk of the output while it runs.
+"""
+
+import logging
+import os
+import pathlib
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+# Nothing here computes.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import app, flags  # noqa: E402
+from absl import logging as absl_logging  # noqa: E402
+
+from input_pipeline import (  # noqa: E402
+  DataError,
+  find_unlabelled,
+  storage,
+  tfds_builders,
+)
+from u2pl_jax import data as data_lib  # noqa: E402
+from u2pl_jax.command_line import CONFIG, fail, parse_flags  # noqa: E402
+from u2pl_jax.config_checks import ConfigError  # noqa: E402
+
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "Folder of data sets. Default: dataset.tfds_dir of the root."
+)
+
+
+class _Progress:
+  """One line for each split, rewritten every second on a terminal."""
+
+  def __init__(self):
+    self._split = None
+    self._start = self._shown = 0.0
+
+  def __call__(self, split: str, done: int, total: int) -> None:
+    now = time.monotonic()
+    if split != self._split:
+      self._split, self._start, self._shown = split, now, 0.0
+    # Lines of a log file are few.
+    pause = 1 if sys.stderr.isatty() else 30
+    if done < total and now - self._shown < pause:
+      return
+    self._shown = now
+    left = (now - self._start) / done * (total - done) if done else 0
+    text = f"{split} {done}/{total}  ETA {left // 60:.0f}:{left % 60:02.0f}"
+    end = "\r" if sys.stderr.isatty() and done < total else "\n"
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def write(config, output: str | None) -> str:
+  """Writes the shards; returns their folder.
+
+  Args:
+    config: complete, see `configs/common.py`; read from files in any case.
+    output: folder of data sets, None: dataset.tfds_dir.
+
+  Raises:
+    ConfigError, DataError: of the config, the data or the output.
+  """
+  config = config.copy_and_resolve_references()
+  dataset = config.dataset
+  dataset.source = "files"
+  info = data_lib.load_info(config)
+  data_lib.prepare_dataset(config)
+  source, ids = data_lib.read_lists(config)
+  for part in ("labelled", "validation"):
+    source.check(ids[part], masks=True)
+  source.check(ids["unlabelled"], masks=False)
+  in_folder = ()
+  if dataset.unlabelled_dir:
+    # Those that are in a list too: another list may leave them out.
+    _, in_folder = find_unlabelled(source, dataset.unlabelled_dir, ())
+  all_ids = (*ids["labelled"], *ids["unlabelled"], *ids["validation"])
+  return tfds_builders.write_shards(
+    source,
+    tuple(dict.fromkeys(all_ids)),
+    output or storage.join(dataset.root, dataset.tfds_dir),
+    dataset_name=info.name,
+    mask_format=dataset.mask_format,
+    unlabelled_dir=dataset.unlabelled_dir,
+    unlabelled=in_folder,
+    report=_Progress(),
+  )
+
+
+def main(_: list[str]) -> None:
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  logging.getLogger("u2pl_jax").setLevel(logging.WARNING)
+  try:
+    print(write(CONFIG.value, _OUTPUT.value))
+  except (DataError, ConfigError) as error:
+    fail(str(error))
+  except KeyboardInterrupt:
+    fail("interrupted: nothing was written; start again", code=130)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=parse_flags)
