@@ -147,7 +147,7 @@ DATA_SETS = {
     archives=(
       Archive(
         name="VOCtrainval_11-May-2012.tar",
-        pattern="VOCtrainval*.tar*",
+        pattern="VOCtrainval*.tar",
         member=r"(?:.*/)?JPEGImages/([\w-]+\.jpg)",
         target=r"JPEGImages/\1",
         source="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
@@ -355,25 +355,38 @@ def fetch(base_url: str, family: str, path: str, digest: str) -> bytes:
   )
 
 
+def _places(folder: pathlib.Path, family: str, path: str) -> list[pathlib.Path]:
+  """Where a folder of both families, or a clone of one, has a list."""
+  below = (family, "data/splits", "splits", "")
+  places = [folder / name / path for name in below]
+  return [place for place in places if place.is_file()]
+
+
+def has_family(folder: pathlib.Path, lists: str, family: str) -> bool:
+  """Whether any of a family's published lists is in a folder."""
+  return any(
+    hashlib.sha256(place.read_bytes()).hexdigest() == digest
+    for path, digest in manifest(lists, family).items()
+    for place in _places(folder, family, f"{lists}/{path}")
+  )
+
+
 def read_from(
   folder: pathlib.Path, family: str, path: str, digest: str
 ) -> bytes:
-  """The list from a folder: of both families, or a clone of a repository.
+  """The list from a folder of both families, or from a clone of one.
 
   Raises:
     DataError: it is not there, or is another one.
   """
-  places = [folder / family / path]
-  places += [folder / "data" / "splits" / path, folder / "splits" / path]
-  places.append(folder / path)
-  there = [place for place in places if place.is_file()]
-  for place in there:
+  places = _places(folder, family, path)
+  for place in places:
     data = place.read_bytes()
     if hashlib.sha256(data).hexdigest() == digest:
       return data
-  if there:
+  if places:
     raise DataError(
-      f"{there[0]}: is not the published list of {family} (SHA-256"
+      f"{places[0]}: is not the published list of {family} (SHA-256"
       f" {digest[:12]}...); take the commit {UPSTREAM[family][0]}"
     )
   raise DataError(
@@ -403,6 +416,10 @@ def _members(
         if info.isfile():
           open_member = lambda info=info: archive.extractfile(info)  # noqa: E731
           yield info.offset / total, info.name, info.size, open_member
+      # Of a header that is cut off, tarfile says nothing.
+      archive.fileobj.seek(archive.offset)
+      if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise EOFError("its end is missing")
 
 
 def unpack(archive: Archive, path: pathlib.Path, root: pathlib.Path) -> None:
@@ -759,11 +776,9 @@ def _install(
 
   # A clone of U2PL has its own lists only, and most rows need no others.
   families = ["u2pl"]
-  try:
-    name, digest = next(iter(manifest(dataset.lists, "unimatch").items()))
-    read("unimatch", f"{dataset.lists}/{name}", digest)
+  if has_family(folder, dataset.lists, "unimatch"):
     families.append("unimatch")
-  except DataError:
+  else:
     print(f"lists of unimatch: not in {folder}, left out")
   install_lists(dataset, root, families, read)
 
