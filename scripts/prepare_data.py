@@ -67,6 +67,7 @@ UPSTREAM = {
 }
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
+_FILES_AT_ONCE = 32
 
 # Cityscapes' ids of the 19 classes that are evaluated, in the order of the
 # train ids.
@@ -155,7 +156,7 @@ DATA_SETS = {
       Archive(
         name="SegmentationClassAug.zip",
         pattern="SegmentationClass*.zip",
-        member=r"(?!__MACOSX)(?:.*/)?SegmentationClass(?:Aug)?/([\w-]+\.png)",
+        member=r"(?:.*/)?SegmentationClass(?:Aug)?/([\w-]+\.png)",
         target=r"SegmentationClassAug/\1",
         source="https://github.com/LiheYoung/UniMatch, README, 'Dataset'",
       ),
@@ -431,7 +432,7 @@ def unpack(archive: Archive, path: pathlib.Path, root: pathlib.Path) -> None:
   Raises:
     DataError: the archive is broken or another one.
   """
-  progress = Progress(f"unpacking {path.name}")
+  progress, writer = Progress(f"unpacking {path.name}"), _Writer()
   pattern = re.compile(archive.member)
   matches = new = 0
   try:
@@ -442,17 +443,18 @@ def unpack(archive: Archive, path: pathlib.Path, root: pathlib.Path) -> None:
       matches += 1
       target = root / match.expand(archive.target)
       if not (target.is_file() and target.stat().st_size == size):
-        _unpack_member(open_member, size, target)
+        writer.write(open_member, size, target)
         new += 1
       progress.show(share, f"{matches} files")
+    writer.settle()
   except (
     tarfile.TarError,
     zipfile.BadZipFile,
     zlib.error,
     EOFError,
   ) as error:
-    # Of tarfile's message, the first line of many.
-    reason = str(error).splitlines()[0].rstrip(":")
+    # Of tarfile's message, the first line of many; zipfile has none for some.
+    reason = (str(error) or "it ends early").splitlines()[0].rstrip(":")
     raise DataError(
       f"{path}: broken after {matches} files ({reason}): the download is not"
       f" whole; download it again from {archive.source}"
@@ -465,18 +467,42 @@ def unpack(archive: Archive, path: pathlib.Path, root: pathlib.Path) -> None:
   progress.end(f"{matches} files, {new} of them new")
 
 
-def _unpack_member(
-  open_member: Callable, size: int, target: pathlib.Path
-) -> None:
-  target.parent.mkdir(parents=True, exist_ok=True)
-  part = target.with_name(target.name + ".part")
-  with open_member() as source, part.open("wb") as file:
-    shutil.copyfileobj(source, file)
-    file.flush()
+class _Writer:
+  """Writes files beside their places, and renames them when they are on disk.
+
+  Many at a time: a file system settles the files of many threads at once.
+  """
+
+  def __init__(self):
+    self._pool = concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE)
+    self._waiting: list[tuple[pathlib.Path, pathlib.Path]] = []
+
+  def write(
+    self, open_member: Callable, size: int, target: pathlib.Path
+  ) -> None:
+    """Copies a member; EOFError if it is not of that size."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    with open_member() as source, part.open("wb") as file:
+      shutil.copyfileobj(source, file)
+      if file.tell() != size:
+        raise EOFError(f"{target.name} has {file.tell()} of {size} bytes")
+    self._waiting.append((part, target))
+    if len(self._waiting) == _FILES_AT_ONCE:
+      self.settle()
+
+  def settle(self) -> None:
+    """Puts what is written in its place."""
+    for _ in self._pool.map(_sync_file, [part for part, _ in self._waiting]):
+      pass
+    for part, target in self._waiting:
+      os.replace(part, target)
+    self._waiting.clear()
+
+
+def _sync_file(path: pathlib.Path) -> None:
+  with path.open("rb+") as file:
     os.fsync(file.fileno())
-    if file.tell() != size:
-      raise EOFError(f"{target.name} has {file.tell()} of {size} bytes")
-  os.replace(part, target)
 
 
 def unpack_all(
