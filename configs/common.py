@@ -36,33 +36,38 @@ def get_base_config() -> ml_collections.ConfigDict:
   # -- Data ------------------------------------------------------------------
   config.dataset = dataset = ml_collections.ConfigDict()
   # Class names, palette and pixel statistics: 'voc', 'cityscapes', 'camvid',
-  # 'shapes', or 'folder': your own.
+  # 'shapes', or 'folder' for your own data with the classes of classes_file.
   dataset.name = "voc"
-  # Folder in VOC layout. The lists below are relative to it unless absolute.
+  # Folder, local or gs://. All paths below are relative to it unless absolute.
   dataset.root = "data/VOC2012"
+  # Image <image_dir>/<id><image_suffix> and mask <mask_dir>/<id><mask_suffix>;
+  # the suffix '' takes whatever image file has that name (.jpg, .JPG, .png).
   dataset.image_dir = "JPEGImages"
   dataset.mask_dir = "SegmentationClassAug"
-  # '' takes whatever image suffix is there.
   dataset.image_suffix = ".jpg"
   dataset.mask_suffix = ".png"
+  # What pixels of masks mean: 'index', class ids; 'cityscapes_label_ids', the
+  # ids in *_gtFine_labelIds.png; 'colours', the colours of the classes.
+  dataset.mask_format = "index"
+  # For 'folder' alone: text file with one class a line, 'name' or 'name R G B',
+  # and perhaps 'ignore R G B', a colour that belongs to no class.
+  dataset.classes_file = ""
   # Text files with one image id (or "image mask") a line.
   dataset.labelled_list = ""
   dataset.unlabelled_list = ""
   dataset.validation_list = ""
-  # Instead of an unlabelled list: a folder whose images are unlabelled, those
-  # of the other two lists left out.
+  # In place of unlabelled_list: a folder, all of whose images that are in
+  # neither of the other lists are the unlabelled ones.
   dataset.unlabelled_dir = ""
-  # How masks say the class: 'index', 'cityscapes_label_ids' or 'colours'.
-  dataset.mask_format = "index"
-  # For dataset.name='folder': one class a line, 'name' or 'name R G B'.
-  dataset.classes_file = ""
-  # Per channel, RGB, on the 0..255 scale; () are those of the data set.
-  dataset.mean = ()
-  dataset.std = ()
-  # 'files', or 'tfds': shards of tensorflow-datasets.
-  dataset.source = "files"
   # Value in the masks that belongs to no class.
   dataset.ignore_label = 255
+  # Pixel statistics per channel, RGB on the 0..255 scale; (): the data set's.
+  dataset.mean = ()
+  dataset.std = ()
+  # Where images and masks are read: 'files', or 'tfds', the shards that
+  # scripts/write_tfds.py made of them in tfds_dir.
+  dataset.source = "files"
+  dataset.tfds_dir = "tfds"
   # For dataset.name='shapes' alone: how many images of each kind are drawn into
   # dataset.root on first use, and the seed of the world.
   dataset.shapes = shapes = ml_collections.ConfigDict()

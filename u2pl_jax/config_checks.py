@@ -29,6 +29,21 @@ def parse_quirks(text: str) -> frozenset[str]:
   return names
 
 
+def contrastive_ranks(
+  config: ml_collections.ConfigDict, num_classes: int
+) -> tuple[int, int]:
+  """(low_rank, high_rank), chosen by the number of classes if both are 0.
+
+  The published window [3, 20) fits 20 classes and more. With fewer it ends at
+  the last class and begins after the first third: 1 for two classes, as its
+  author advises.
+  """
+  low, high = config.contrastive.low_rank, config.contrastive.high_rank
+  if low == high == 0:
+    return max(1, min(3, num_classes // 3)), min(20, num_classes)
+  return low, high
+
+
 def _require(condition: bool, message: str) -> None:
   if not condition:
     raise ConfigError(message)
@@ -46,21 +61,6 @@ def _in_range(key: str, value: float, low: float, high: float) -> None:
     low <= value <= high,
     f"config.{key}={value}: must be between {low} and {high}",
   )
-
-
-def contrastive_ranks(
-  config: ml_collections.ConfigDict, num_classes: int
-) -> tuple[int, int]:
-  """(low_rank, high_rank), chosen by the number of classes if both are 0.
-
-  The published window [3, 20) fits 20 classes and more. With fewer it ends at
-  the last class and begins after the first third: 1 for two classes, as its
-  author advises.
-  """
-  low, high = config.contrastive.low_rank, config.contrastive.high_rank
-  if low == high == 0:
-    return max(1, min(3, num_classes // 3)), min(20, num_classes)
-  return low, high
 
 
 def check_config(
