@@ -1,9 +1,11 @@
-"""Every key of every config, and the argument string of `--config=file:arg`.
+"""Every key of every config, and what experiment files share.
 
-The values here are the paper's PASCAL VOC recipe (METHOD of the paper's main
-experiments); an experiment file changes what differs. Quantities with "batch"
-are global: they do not depend on the number of devices.
+The values here are the paper's PASCAL VOC recipe; an experiment file changes
+what differs. Quantities with "batch" are global: they do not depend on the
+number of devices.
 """
+
+from collections.abc import Mapping
 
 import ml_collections
 
@@ -126,10 +128,18 @@ def get_base_config() -> ml_collections.ConfigDict:
   schedule.epochs = 80
   # Epochs from labels alone before the teacher teaches.
   schedule.warmup_epochs = 1
+  # An epoch has (unlabelled images + reference_devices - 1) // batch updates:
+  # the published sampler fills its list up to a multiple of its GPUs, and then
+  # drops the last partial batch. 4 or 8 gives the published number of updates;
+  # it says nothing about the devices of this run.
+  schedule.reference_devices = 1
 
   config.optimizer = optimizer = ml_collections.ConfigDict()
   # Of the encoder at step 0; falls with (1 - step / steps) ** poly_power.
   optimizer.learning_rate = 0.001
+  # The batch.labelled that learning_rate is meant for. Another one scales it in
+  # proportion, as the published code asks for; the log has the result.
+  optimizer.reference_batch = 16
   optimizer.poly_power = 0.9
   # Learning rate of everything outside the encoder, relative to it.
   optimizer.head_multiplier = 10.0
@@ -175,7 +185,8 @@ def get_base_config() -> ml_collections.ConfigDict:
   contrastive.temperature = 0.5
   # A labelled pixel of another class is a negative if the class ranks below
   # low_rank in the teacher's order; an unlabelled unreliable one if it ranks in
-  # [low_rank, high_rank). At most the number of classes.
+  # [low_rank, high_rank). At most the number of classes. Both 0: chosen by the
+  # number of classes, and the log says what.
   contrastive.low_rank = 3
   contrastive.high_rank = 20
   # The teacher's probability of its class must be above this for an anchor ...
@@ -223,6 +234,82 @@ def get_base_config() -> ml_collections.ConfigDict:
   # Images drawn in the report.
   log.report_images = 8
   return config
+
+
+def apply_released(config: ml_collections.ConfigDict, num_gpus: int) -> None:
+  """Turns a recipe of the paper into that of the published code.
+
+  Args:
+    config: changed in place; its name too.
+    num_gpus: that the published run had.
+  """
+  config.name += "_released"
+  config.quirks = ",".join(RELEASED_QUIRKS)
+  config.eval.protocol = "center_crop"
+  config.eval.pad_to = config.input.crop_size
+  # The code says 1, of which DDP leaves one share in the gradient.
+  config.contrastive.weight = 1 / num_gpus
+  # Its keys are few (about 2 000 a step over all classes): a cap never bites.
+  config.memory_bank.max_keys_per_step = 8192
+
+
+def apply_cpu(config: ml_collections.ConfigDict) -> None:
+  """Shrinks a recipe to what two CPU cores train in well under an hour.
+
+  Args:
+    config: changed in place; its name too. Its batches stay; 8 fit.
+  """
+  config.name += "_cpu"
+  config.model.backbone = "tiny"
+  config.model.rep_features = 64
+  config.input.crop_size = (129, 129)
+  config.input.num_threads = 2
+  config.schedule.epochs = 40
+  config.schedule.warmup_epochs = 20
+  # The feature map of a crop is 17x17.
+  config.model.aspp_rates = (2, 4, 6)
+  # As in configs/shapes.py, and for the same reason.
+  config.strong.mix_probability = 1.0
+  config.optimizer.learning_rate = 0.02
+  config.optimizer.reference_batch = 8
+  config.optimizer.head_multiplier = 1.0
+  config.contrastive.num_anchors = 64
+  config.memory_bank.capacity = 2000
+  config.memory_bank.capacity_class0 = 2000
+  config.memory_bank.max_keys_per_step = 64
+  config.log.every_steps = 10
+
+
+def is_released(options: ml_collections.ConfigDict) -> bool:
+  """Whether the arguments ask for the published code instead of the paper.
+
+  Raises:
+    ValueError: they ask for both.
+  """
+  if options.paper and options.released:
+    raise ValueError("config arguments paper and released: choose one")
+  return options.released
+
+
+def split_folder(split: str, rows: Mapping[str, str]) -> str:
+  """The folder below splits/ that an argument `split=` means.
+
+  Args:
+    split: a key of `rows`, or a folder below splits/ with a slash in it, such
+      as 'own/100_seed0', which scripts/prepare_data.py makes.
+    rows: folders of the published rows.
+
+  Raises:
+    ValueError: neither; lists the rows.
+  """
+  if split in rows:
+    return rows[split]
+  if "/" not in split:
+    raise ValueError(
+      f"config argument split={split!r} is unknown: choose from {list(rows)},"
+      " or a folder below splits/ such as own/100_seed0"
+    )
+  return split
 
 
 def parse_arg(arg: str | None, **defaults) -> ml_collections.ConfigDict:

@@ -45,6 +45,7 @@ def get_config(arg=None):
   # points below the labels alone. Mixing every step turned that around.
   config.strong.mix_probability = 1.0
   config.optimizer.learning_rate = 0.1
+  config.optimizer.reference_batch = 8
   config.optimizer.head_multiplier = 1.0
   config.optimizer.weight_decay = 5e-4
   config.contrastive.num_anchors = 64

@@ -33,6 +33,7 @@ def get_config(arg=None):
   config.model.rep_features = 16
   config.schedule.epochs = 3
   config.optimizer.learning_rate = 0.02
+  config.optimizer.reference_batch = 4
   config.optimizer.head_multiplier = 1.0
   config.contrastive.num_anchors = 8
   config.contrastive.num_negatives = 4

@@ -5,40 +5,22 @@
   python -m u2pl_jax.main --config=configs/voc_1464.py:released
   python -m u2pl_jax.main --config=configs/voc_1464.py:backbone=resnet50
 
-The paper reports 79.49 mIoU for U2PL (ResNet-101, published code, centre crop
-513, 4 GPUs); it has not been run with this code yet. 80 epochs of 569 steps,
-45.5 k updates of 16 + 16 images.
+with --config.model.pretrained=resnet101.npz: ImageNet weights, docs/weights.md.
+
+The row of configs/voc.py that the published code ships; the others are there.
+The authors report 79.49 mIoU for U2PL and 72.50 for labels alone (ResNet-101,
+centre crops of 513 whose padding counts as background, 4 GPUs of 32 GB); it has
+not been run with this code yet. 80 epochs of 570 steps, 45 600 updates of
+16 + 16 images.
 
 Needs data/VOC2012 with JPEGImages and SegmentationClassAug, and the published
-lists in data/VOC2012/splits/1464; override with --config.dataset.root=...
+lists in data/VOC2012/splits/u2pl (scripts/prepare_data.py voc); override with
+--config.dataset.root=...
 """
 
-from configs import common
+from configs import common, voc
 
 
 def get_config(arg=None):
   """See `common.get_base_config` for the keys."""
-  options = common.parse_arg(
-    arg, method="u2pl", released=False, backbone="resnet101", seed=2
-  )
-  config = common.get_base_config()
-  config.name = "voc_1464"
-  config.seed = options.seed
-  config.method = options.method
-  config.model.backbone = options.backbone
-  config.dataset.labelled_list = "splits/1464/labeled.txt"
-  config.dataset.unlabelled_list = "splits/1464/unlabeled.txt"
-  config.dataset.validation_list = "splits/val.txt"
-  if options.released:
-    config.name += "_released"
-    config.quirks = ",".join(common.RELEASED_QUIRKS)
-    config.eval.protocol = "center_crop"
-    # The code says 1, of which DDP on 4 GPUs leaves a quarter in the gradient.
-    config.contrastive.weight = 0.25
-    # Its keys are few (about 2 000 a step over all classes): a cap never bites.
-    config.memory_bank.max_keys_per_step = 8192
-  if options.method != "u2pl":
-    config.name += f"_{options.method}"
-  if options.backbone != "resnet101":
-    config.name += f"_{options.backbone}"
-  return config
+  return voc.row("1464", common.parse_arg(arg, **voc.OPTIONS))

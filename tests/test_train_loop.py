@@ -183,6 +183,7 @@ def test_lines_of_a_run(finished):
     assert ("train/sup_loss" in line) == (step in log_steps)
     assert ("eval/miou" in line) == (step in eval_steps)
     assert ("eval/iou/pole" in line) == (step in eval_steps)
+    assert ("data/labelled/own list" in line) == (step in eval_steps)
     semi = step > WARMUP_STEPS
     assert ("train/unsup_loss" in line) == (step in log_steps and semi)
     assert ("train/bank_fill/sky" in line) == (step in log_steps and semi)

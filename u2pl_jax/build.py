@@ -17,7 +17,11 @@ import optax
 from jax.sharding import Mesh
 
 from u2pl_jax import memory_bank, rngs, sharding
-from u2pl_jax.config_checks import check_config, parse_quirks
+from u2pl_jax.config_checks import (
+  check_config,
+  contrastive_ranks,
+  parse_quirks,
+)
 from u2pl_jax.evaluation import make_eval_step, make_predict_step
 from u2pl_jax.models.deeplab import DeepLab
 from u2pl_jax.models.pretrained import (
@@ -101,10 +105,22 @@ def make_model(config: ml_collections.ConfigDict, num_classes: int) -> DeepLab:
   )
 
 
+def base_learning_rate(config: ml_collections.ConfigDict) -> float:
+  """The encoder's rate at step 0, in proportion to the labelled batch."""
+  optimizer = config.optimizer
+  # The quotient first: it is exactly 1 at the reference batch.
+  return optimizer.learning_rate * (
+    config.batch.labelled / optimizer.reference_batch
+  )
+
+
 def make_recipe(config: ml_collections.ConfigDict, data: DataSpec) -> Recipe:
   """The steps' hyper-parameters; an epoch drops the last partial batch."""
-  steps_per_epoch = max(1, data.num_unlabelled // config.batch.unlabelled)
   schedule, contrastive = config.schedule, config.contrastive
+  low_rank, high_rank = contrastive_ranks(config, data.num_classes)
+  # floor(ceil(n / devices) / batch of a device), as one division.
+  padded = data.num_unlabelled + schedule.reference_devices - 1
+  steps_per_epoch = max(1, padded // config.batch.unlabelled)
   warmup_epochs = (
     schedule.epochs if config.method == "supervised" else schedule.warmup_epochs
   )
@@ -129,8 +145,8 @@ def make_recipe(config: ml_collections.ConfigDict, data: DataSpec) -> Recipe:
     num_anchors=contrastive.num_anchors,
     num_negatives=contrastive.num_negatives,
     temperature=contrastive.temperature,
-    low_rank=contrastive.low_rank,
-    high_rank=contrastive.high_rank,
+    low_rank=low_rank,
+    high_rank=high_rank,
     anchor_min_probability=contrastive.anchor_min_probability,
     negative_max_probability=contrastive.negative_max_probability,
     max_keys_per_step=config.memory_bank.max_keys_per_step or None,
@@ -233,7 +249,7 @@ def build(
   recipe = make_recipe(config, data)
   optimizer = config.optimizer
   learning_rate = poly_schedule(
-    optimizer.learning_rate, recipe.total_steps, optimizer.poly_power
+    base_learning_rate(config), recipe.total_steps, optimizer.poly_power
   )
   tx = sgd(
     learning_rate,

@@ -31,6 +31,21 @@ def parse_quirks(text: str) -> frozenset[str]:
   return names
 
 
+def contrastive_ranks(
+  config: ml_collections.ConfigDict, num_classes: int
+) -> tuple[int, int]:
+  """(low_rank, high_rank), chosen by the number of classes if both are 0.
+
+  The published window [3, 20) fits 20 classes and more. With fewer it ends at
+  the last class and begins after the first third: 1 for two classes, as its
+  author advises.
+  """
+  low, high = config.contrastive.low_rank, config.contrastive.high_rank
+  if low == high == 0:
+    return max(1, min(3, num_classes // 3)), min(20, num_classes)
+  return low, high
+
+
 def _require(condition: bool, message: str) -> None:
   if not condition:
     raise ConfigError(message)
@@ -202,6 +217,8 @@ def check_config(
     f" config.schedule.epochs={epochs}",
   )
   for key, value in (
+    ("optimizer.reference_batch", config.optimizer.reference_batch),
+    ("schedule.reference_devices", config.schedule.reference_devices),
     ("eval.every_epochs", config.eval.every_epochs),
     ("checkpoint.every_epochs", config.checkpoint.every_epochs),
     ("checkpoint.keep", config.checkpoint.keep),
@@ -221,21 +238,22 @@ def check_config(
   if config.method != "u2pl":
     return
   contrastive, bank = config.contrastive, config.memory_bank
+  low_rank, high_rank = contrastive_ranks(config, num_classes)
   _require(
-    0 < contrastive.low_rank < contrastive.high_rank,
-    f"config.contrastive.low_rank={contrastive.low_rank}: must be at least 1"
-    f" and below high_rank={contrastive.high_rank}",
+    0 < low_rank < high_rank,
+    f"config.contrastive.low_rank={low_rank}: must be at least 1 and below"
+    f" high_rank={high_rank}, or both 0",
   )
   _require(
-    contrastive.low_rank < num_classes,
-    f"config.contrastive.low_rank={contrastive.low_rank}: must be below the"
-    f" {num_classes} classes, or no unlabelled pixel is ever a negative",
+    low_rank < num_classes,
+    f"config.contrastive.low_rank={low_rank}: must be below the {num_classes}"
+    " classes, or no unlabelled pixel is ever a negative",
   )
   # The published Cityscapes config says 20 with 19 classes, which means 19.
   _require(
-    contrastive.high_rank <= num_classes + 1,
-    f"config.contrastive.high_rank={contrastive.high_rank}: there are only"
-    f" {num_classes} classes: set it to {num_classes} or less",
+    high_rank <= num_classes + 1,
+    f"config.contrastive.high_rank={high_rank}: there are only {num_classes}"
+    f" classes: set it to {num_classes} or less",
   )
   _require(
     contrastive.temperature > 0,

@@ -21,9 +21,16 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from input_pipeline.split_families import identify_split
 from u2pl_jax import metrics as metrics_lib
 from u2pl_jax import report, sharding, writers
-from u2pl_jax.build import DataSpec, Program, build, make_memory_bank
+from u2pl_jax.build import (
+  DataSpec,
+  Program,
+  base_learning_rate,
+  build,
+  make_memory_bank,
+)
 from u2pl_jax.checkpoint import Checkpoints, Meta
 from u2pl_jax.config_checks import ConfigError, check_config
 from u2pl_jax.data import (
@@ -496,6 +503,8 @@ class _Run:
     start = time.perf_counter()
     recipe = self._program.recipe
     line = evaluate(self._config, self._program, self._data, state, step)
+    data = self._data
+    line |= identify_split(data.info.name, data.labelled).metrics()
     line["time/eval_seconds"] = time.perf_counter() - start
     oracle = ""
     if "oracle/miou" in line:
@@ -615,17 +624,31 @@ def _log_head(
     len(data.unlabelled),
     len(data.validation),
   )
+  logger.info("split: %s", identify_split(data.info.name, data.labelled))
+  rate = base_learning_rate(config)
+  optimizer = config.optimizer
   logger.info(
     "schedule: %d epochs of %d steps, warm-up %d steps, total %d steps,"
-    " %d + %d images a step, learning rate %g",
+    " %d + %d images a step, learning rate %g%s",
     config.schedule.epochs,
     recipe.steps_per_epoch,
     min(recipe.warmup_steps, recipe.total_steps),
     recipe.total_steps,
     config.batch.labelled,
     config.batch.unlabelled,
-    config.optimizer.learning_rate,
+    rate,
+    ""
+    if rate == optimizer.learning_rate
+    else f" ({optimizer.learning_rate:g} at {optimizer.reference_batch}"
+    " labelled images a step)",
   )
+  if config.method == "u2pl" and not config.contrastive.high_rank:
+    logger.info(
+      "contrastive ranks for %d classes: low_rank %d, high_rank %d",
+      recipe.num_classes,
+      recipe.low_rank,
+      recipe.high_rank,
+    )
   logger.info("quirks: %s", ", ".join(sorted(recipe.quirks)) or "none")
 
 
