@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from input_pipeline import errors, splits
+from input_pipeline import errors, png, splits
 
 # EXIF: tag of the orientation, and its values that swap height and width.
 _EXIF_ORIENTATION = 0x0112
@@ -37,6 +37,9 @@ def decode_image(path: str | os.PathLike) -> np.ndarray:
     raise errors.DataError(
       f"{path}: the JPEG file is truncated; copy or download it again"
     )
+  image = png.decode_rgb(data)
+  if image is not None:
+    return image
   try:
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
   except cv2.error:
@@ -157,7 +160,7 @@ def _is_truncated_jpeg(data: bytes) -> bool:
   # marker, so that the end marker behind the last start of scan is the real
   # one, not the one of a thumbnail in the header. Bytes may follow it.
   start_of_scan = data.rfind(b"\xff\xda")
-  return start_of_scan < 0 or data.find(b"\xff\xd9", start_of_scan) < 0
+  return start_of_scan < 0 or data.rfind(b"\xff\xd9") < start_of_scan
 
 
 def _read_indices(path: str | os.PathLike) -> np.ndarray:
@@ -167,6 +170,9 @@ def _read_indices(path: str | os.PathLike) -> np.ndarray:
       f"{path}: mask not found; every labelled image needs one: add the file,"
       " or take its id off the list"
     )
+  indices = png.decode_indices(_read_bytes(path, "mask"))
+  if indices is not None:
+    return indices
   try:
     with Image.open(path) as file:
       format, mode = file.format, file.mode

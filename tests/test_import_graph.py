@@ -45,7 +45,15 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
     # No model and no backend: its worker processes must not start one.
     "input_pipeline": (
       {"input_pipeline"},
-      {"PIL", "absl", "cv2", "grain", "numpy", "tensorflow_datasets"},
+      {
+        "PIL",
+        "absl",
+        "cv2",
+        "grain",
+        "kornia_rs",
+        "numpy",
+        "tensorflow_datasets",
+      },
     ),
     "u2pl_jax.models": (
       {"u2pl_jax.models"},
@@ -80,6 +88,7 @@ _OWNERS = {
   "orbax": {"u2pl_jax.checkpoint"},
   "torch": {"u2pl_jax.models.weight_files"},
   "grain": {"input_pipeline"},
+  "kornia_rs": {"input_pipeline.png"},
   "tensorflow_datasets": {"input_pipeline"},
   "clu": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},
   "tensorflow": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},
