@@ -17,12 +17,11 @@ _STDLIB = sys.stdlib_module_names
 
 # Leaves by level: one may import those of the levels below it.
 _LEAF_LEVELS = (
-  {"selection", "strong_augmentation"},
-  {"memory_bank"},
+  {"images", "selection", "strong_augmentation"},
+  {"memory_bank", "photometric"},
   {
     "contrastive",
     "ema",
-    "images",
     "losses",
     "metrics",
     "optimizer",
