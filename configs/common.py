@@ -70,6 +70,7 @@ def get_base_config() -> ml_collections.ConfigDict:
   # Probability of a horizontal flip.
   inputs.flip_probability = 0.5
   # Worker processes that decode and augment; 0 uses threads of this process.
+  # For JPEG threads do; PNG photographs decode three times as fast in workers.
   inputs.num_workers = 0
   # Threads (per process) and batches held ready.
   inputs.num_threads = 8

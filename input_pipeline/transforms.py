@@ -13,7 +13,7 @@ import numpy as np
 # about this many times the pixels (one core: 0.8 to 1.1 ns a pixel whole, 5 ns
 # sampled). Beyond, a large photograph would cost time and memory for pixels
 # that the crop drops.
-_WHOLE_RESIZE_LIMIT = 5
+_WHOLE_RESIZE_LIMIT = 4
 
 
 @dataclasses.dataclass(frozen=True)
