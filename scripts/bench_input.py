@@ -48,6 +48,8 @@ _MEAN = (123.675, 116.28, 103.53)
 _STD = (58.395, 57.12, 57.375)
 _NUM_CLASSES = 19
 _BATCH = 16
+# Batches that a worker makes ahead: in its own buffer, in the queue, in work.
+_HELD_BATCHES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,9 +346,8 @@ class Workers:
 
   def turn(self) -> float:
     """Images a second of wall time."""
-    # The workers went on until their buffers were full; those batches are not
-    # the work of this turn.
-    for _ in range(4 * self._num_workers):
+    # What the workers hold ready is not the work of this turn.
+    for _ in range(_HELD_BATCHES * self._num_workers):
       next(self._stream)
     num_batches, begin = 0, time.perf_counter()
     cpu_begin = time.process_time()
@@ -359,7 +360,10 @@ class Workers:
     images = _BATCH * num_batches
     own = images / (time.process_time() - cpu_begin)
     self.main_rate = max(self.main_rate, own)
-    return images / (time.perf_counter() - begin)
+    rate = images / (time.perf_counter() - begin)
+    # They work on until their buffers are full: not in the next row's turn.
+    time.sleep(_HELD_BATCHES * self._num_workers * _BATCH / rate)
+    return rate
 
   def close(self) -> None:
     self._stream.close()
