@@ -2,6 +2,7 @@
 
   python -m u2pl_jax.main --config=configs/cityscapes.py:split=186
   python -m u2pl_jax.main --config=configs/cityscapes.py:split=186,released
+  python -m u2pl_jax.main --config=configs/cityscapes.py:split=186,photometric
   python -m u2pl_jax.main --config=configs/cityscapes.py:method=supervised
   python -m u2pl_jax.main --config=configs/cityscapes.py:split=unimatch_1_16
 
@@ -34,6 +35,9 @@ Masks are read from ..._gtFine_labelIds.png, as Cityscapes ships them. For files
 with train ids: --config.dataset.mask_suffix=_gtFine_labelTrainIds.png
 --config.dataset.mask_format=index
 
+:photometric shows the student other colours than the teacher (jitter, grey,
+blur), as FixMatch and UniMatch do and the paper does not.
+
 The data and the lists: scripts/prepare_data.py cityscapes, docs/datasets.md.
 """
 
@@ -43,6 +47,7 @@ OPTIONS = {
   "method": "u2pl",
   "paper": False,
   "released": False,
+  "photometric": False,
   "backbone": "resnet101",
   "seed": 2,
 }
@@ -95,6 +100,9 @@ def row(split, options):
     common.apply_released(config, num_gpus=8)
     # The published config says 0; the paper and its author say 20.
     config.schedule.warmup_epochs = 0
+  if options.photometric:
+    config.name += "_photometric"
+    config.strong.photometric = 1.0
   if options.method != "u2pl":
     config.name += f"_{options.method}"
   if options.backbone != "resnet101":

@@ -91,6 +91,7 @@ def get_base_config() -> ml_collections.ConfigDict:
   # Probability of a horizontal flip.
   inputs.flip_probability = 0.5
   # Worker processes that decode and augment; 0 uses threads of this process.
+  # For JPEG threads do; PNG photographs decode three times as fast in workers.
   inputs.num_workers = 0
   # Threads (per process) and batches held ready.
   inputs.num_threads = 8
@@ -163,6 +164,18 @@ def get_base_config() -> ml_collections.ConfigDict:
   strong.mix = "cutmix"
   # One coin a step decides for the whole batch.
   strong.mix_probability = 0.5
+  # Probability that the student sees an unlabelled image in other colours than
+  # the teacher (jitter, grey, blur, as below). 0, as published: never, and the
+  # step does not contain it; 1 is the habit of FixMatch, UniMatch and others.
+  strong.photometric = 0.0
+  # Largest change of brightness, contrast and saturation (as factors 1 +- x)
+  # and of hue (in turns), and the probability that there is any.
+  strong.jitter = (0.5, 0.5, 0.5, 0.25)
+  strong.jitter_probability = 0.8
+  strong.grey_probability = 0.2
+  # Gaussian blur with a standard deviation in pixels between these two.
+  strong.blur_probability = 0.5
+  strong.blur_sigma = (0.1, 2.0)
 
   config.reliability = reliability = ml_collections.ConfigDict()
   # Percent of the pixels that are unreliable at the start (alpha_0) ...

@@ -3,6 +3,7 @@
   python -m u2pl_jax.main --config=configs/voc.py:split=732
   python -m u2pl_jax.main --config=configs/voc.py:split=732,method=supervised
   python -m u2pl_jax.main --config=configs/voc.py:split=732,released
+  python -m u2pl_jax.main --config=configs/voc.py:split=732,photometric
   python -m u2pl_jax.main --config=configs/voc.py:split=cps_1_16
 
 with --config.model.pretrained=resnet101.npz: ImageNet weights, docs/weights.md.
@@ -38,6 +39,9 @@ annotated; the others have SBD's coarser masks. The first group draws from the
 U2PL's takes the fine ones first and CPS's is random: two benchmarks, whose
 numbers must not be compared. The log says which one a run is.
 
+:photometric shows the student other colours than the teacher (jitter, grey,
+blur), as FixMatch and UniMatch do and the paper does not.
+
 The data and the lists: scripts/prepare_data.py voc, docs/datasets.md.
 """
 
@@ -47,6 +51,7 @@ OPTIONS = {
   "method": "u2pl",
   "paper": False,
   "released": False,
+  "photometric": False,
   "backbone": "resnet101",
   "seed": 2,
 }
@@ -76,6 +81,9 @@ def row(split, options):
   config.schedule.reference_devices = 4
   if common.is_released(options):
     common.apply_released(config, num_gpus=4)
+  if options.photometric:
+    config.name += "_photometric"
+    config.strong.photometric = 1.0
   if options.method != "u2pl":
     config.name += f"_{options.method}"
   if options.backbone != "resnet101":

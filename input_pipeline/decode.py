@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from input_pipeline import errors, sources
+from input_pipeline import errors, png, sources
 from input_pipeline.datasets import INDEX_MASKS, MaskFormat
 
 # EXIF: tag of the orientation, and its values that swap height and width.
@@ -54,6 +54,9 @@ def image_from_bytes(data: bytes, path: str | os.PathLike) -> np.ndarray:
     raise errors.DataError(
       f"{path}: the JPEG file is truncated; copy or download it again"
     )
+  image = png.decode_rgb(data)
+  if image is not None:
+    return image
   try:
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
   except cv2.error:
@@ -270,11 +273,14 @@ def _is_truncated_jpeg(data: bytes) -> bool:
   # marker, so that the end marker behind the last start of scan is the real
   # one, not the one of a thumbnail in the header. Bytes may follow it.
   start_of_scan = data.rfind(b"\xff\xda")
-  return start_of_scan < 0 or data.find(b"\xff\xd9", start_of_scan) < 0
+  return start_of_scan < 0 or data.rfind(b"\xff\xd9") < start_of_scan
 
 
 def _read_indices(data: bytes, path: str | os.PathLike) -> np.ndarray:
   """Pixel values of a one-channel image as stored, an integer [h, w] array."""
+  indices = png.decode_indices(data)
+  if indices is not None:
+    return indices
   with _open_mask(data, path) as file:
     format, mode = file.format, file.mode
     if mode not in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L"):

@@ -42,6 +42,7 @@ ARGUMENTS = {
     *VARIANTS,
     "released,method=supervised",
     "backbone=resnet50",
+    "photometric",
   ],
   "cityscapes": [
     f"split={split}{variant}"
@@ -168,6 +169,7 @@ def cases_of_eval_shape():
     is_minor = (
       "released" in arg
       or "backbone" in arg
+      or "photometric" in arg
       or config.dataset.name in ("camvid", "folder")
     )
     is_slow = is_minor and config.model.backbone != "tiny"
@@ -380,8 +382,9 @@ def test_names_differ_so_workdirs_do():
   for name, arg in every_config():
     config = load(name)(arg)
     assert configs.setdefault(config.name, config) == config, (name, arg)
-  # Every row of voc in three forms, and the same with resnet50 and supervised.
-  assert len([name for name in configs if name.startswith("voc")]) == 12 * 3 + 2
+  # Every row of voc in three forms, and one with resnet50, supervised from the
+  # published code, and photometric.
+  assert len([name for name in configs if name.startswith("voc")]) == 12 * 3 + 3
 
 
 def test_every_key_has_a_comment():

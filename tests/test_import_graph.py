@@ -17,12 +17,11 @@ _STDLIB = sys.stdlib_module_names
 
 # Leaves by level: one may import those of the levels below it.
 _LEAF_LEVELS = (
-  {"selection", "strong_augmentation"},
-  {"memory_bank"},
+  {"images", "selection", "strong_augmentation"},
+  {"memory_bank", "photometric"},
   {
     "contrastive",
     "ema",
-    "images",
     "losses",
     "metrics",
     "optimizer",
@@ -45,7 +44,16 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
     # No model and no backend: its worker processes must not start one.
     "input_pipeline": (
       {"input_pipeline"},
-      {"PIL", "absl", "cv2", "etils", "grain", "numpy", "tensorflow_datasets"},
+      {
+        "PIL",
+        "absl",
+        "cv2",
+        "etils",
+        "grain",
+        "kornia_rs",
+        "numpy",
+        "tensorflow_datasets",
+      },
     ),
     "u2pl_jax.models": (
       {"u2pl_jax.models"},
@@ -80,6 +88,7 @@ _OWNERS = {
   "orbax": {"u2pl_jax.checkpoint"},
   "torch": {"u2pl_jax.models.weight_files"},
   "grain": {"input_pipeline"},
+  "kornia_rs": {"input_pipeline.png"},
   "tensorflow_datasets": {"input_pipeline"},
   "clu": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},
   "tensorflow": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},

@@ -30,6 +30,7 @@ from u2pl_jax.models.pretrained import (
   read_pretrained,
 )
 from u2pl_jax.optimizer import Schedule, poly_schedule, sgd
+from u2pl_jax.photometric import PhotometricSettings
 from u2pl_jax.train_state import TrainState, create_train_state
 from u2pl_jax.train_step import (
   LabelledBatch,
@@ -152,6 +153,24 @@ def make_recipe(config: ml_collections.ConfigDict, data: DataSpec) -> Recipe:
     max_keys_per_step=config.memory_bank.max_keys_per_step or None,
     ema_max_decay=config.teacher.ema_decay,
     quirks=parse_quirks(config.quirks),
+    photometric=make_photometric(config),
+  )
+
+
+def make_photometric(
+  config: ml_collections.ConfigDict,
+) -> PhotometricSettings | None:
+  """Settings of the photometric augmentation; None where it is off."""
+  strong = config.strong
+  if strong.photometric == 0:
+    return None
+  return PhotometricSettings(
+    probability=strong.photometric,
+    jitter=tuple(strong.jitter),
+    jitter_probability=strong.jitter_probability,
+    grey_probability=strong.grey_probability,
+    blur_probability=strong.blur_probability,
+    blur_sigma=tuple(strong.blur_sigma),
   )
 
 
@@ -208,6 +227,7 @@ def step_functions(
       num_anchors=recipe.num_anchors,
       num_negatives=recipe.num_negatives,
       max_keys=recipe.max_keys_per_step,
+      photometric=recipe.photometric,
     )
     return semi_supervised_step(
       state,

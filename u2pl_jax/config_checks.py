@@ -196,6 +196,25 @@ def check_config(
   )
   _in_range("input.flip_probability", config.input.flip_probability, 0, 1)
   _in_range("strong.mix_probability", config.strong.mix_probability, 0, 1)
+  for key in (
+    "photometric",
+    "jitter_probability",
+    "grey_probability",
+    "blur_probability",
+  ):
+    _in_range(f"strong.{key}", config.strong[key], 0, 1)
+  jitter = tuple(config.strong.jitter)
+  _require(
+    len(jitter) == 4 and min(jitter) >= 0 and jitter[3] <= 0.5,
+    f"config.strong.jitter={jitter}: needs brightness, contrast, saturation and"
+    " hue, none negative, hue at most 0.5",
+  )
+  sigma = tuple(config.strong.blur_sigma)
+  _require(
+    len(sigma) == 2 and 0 < sigma[0] <= sigma[1] <= 16,
+    f"config.strong.blur_sigma={sigma}: needs (lowest, highest) in pixels with"
+    " 0 < lowest <= highest <= 16",
+  )
   _in_range("model.dropout", config.model.dropout, 0, 0.99)
   _in_range("reliability.alpha0", config.reliability.alpha0, 0, 100)
   _in_range("teacher.ema_decay", config.teacher.ema_decay, 0, 1)

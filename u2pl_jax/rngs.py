@@ -10,6 +10,11 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from u2pl_jax.photometric import (
+  PhotometricDraw,
+  PhotometricSettings,
+  draw_photometric,
+)
 from u2pl_jax.strong_augmentation import MixDraw, draw_mix
 
 Array = jax.Array
@@ -23,6 +28,7 @@ _STREAMS = (
   "anchors",
   "negatives",
   "keys",
+  "photometric",
 )
 
 
@@ -53,6 +59,8 @@ class SemiSupervisedDraws:
       is the rank of the anchor itself.
     negative_bits: [k, a, m] uint32; likewise the age rank in the queue.
     key_bits: [k, max_keys + 2] uint32, or None if the keys are not capped.
+    photometric: of the student's view of the unlabelled images, or None if it
+      is the teacher's.
   """
 
   student_dropout: Array
@@ -61,6 +69,7 @@ class SemiSupervisedDraws:
   anchor_bits: Array
   negative_bits: Array
   key_bits: Array | None
+  photometric: PhotometricDraw | None = None
 
 
 def draw_supervised(root_key: Array, step: Array) -> SupervisedDraws:
@@ -80,6 +89,7 @@ def draw_semi_supervised(
   num_anchors: int,
   num_negatives: int,
   max_keys: int | None,
+  photometric: PhotometricSettings | None = None,
 ) -> SemiSupervisedDraws:
   """Draws for one semi-supervised step.
 
@@ -89,6 +99,7 @@ def draw_semi_supervised(
     mix, mix_probability: see `strong_augmentation`.
     unlabelled_shape: batch, height, width of the unlabelled images.
     num_classes, num_anchors, num_negatives, max_keys: k, a, m and the cap.
+    photometric: law of the photometric augmentation, None for none.
 
   Returns:
     The draws.
@@ -115,5 +126,10 @@ def draw_semi_supervised(
     negative_bits=bits("negatives", num_classes, num_anchors, num_negatives),
     key_bits=(
       None if max_keys is None else bits("keys", num_classes, max_keys + 2)
+    ),
+    photometric=(
+      None
+      if photometric is None
+      else draw_photometric(keys["photometric"], photometric, batch)
     ),
   )

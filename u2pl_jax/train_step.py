@@ -6,6 +6,7 @@ Another method is another function beside these, with the same leaves.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax
@@ -22,6 +23,7 @@ from u2pl_jax.contrastive import (
 )
 from u2pl_jax.images import inside_box, normalise
 from u2pl_jax.models.layers import resize_bilinear, resize_nearest
+from u2pl_jax.photometric import PhotometricSettings, apply_photometric
 from u2pl_jax.rngs import SemiSupervisedDraws, SupervisedDraws
 from u2pl_jax.train_state import TrainState, Variables
 
@@ -80,6 +82,7 @@ class Recipe:
   max_keys_per_step: int | None
   ema_max_decay: float
   quirks: frozenset[str] = frozenset()
+  photometric: PhotometricSettings | None = None
 
 
 @flax.struct.dataclass
@@ -275,18 +278,32 @@ def semi_supervised_step(
     pseudo_labels = jnp.where(inside, pseudo_labels, ignore)
   unmixed = {"pseudo_labels": pseudo_labels, "confidence": confidence}
 
-  # Strong view.
-  images_u, pseudo_labels, confidence, keep_mask = (
-    strong_augmentation.apply_mix(
-      draws.mix,
-      recipe.mix,
-      images_u,
-      pseudo_labels,
-      confidence,
-      ignore_label=ignore,
-    )
+  # Strong view. Photometric changes are for the student alone: the teacher
+  # judges the same mixed pixels in their own colours.
+  mix = functools.partial(
+    strong_augmentation.apply_mix,
+    draws.mix,
+    recipe.mix,
+    pseudo_labels=pseudo_labels,
+    confidence=confidence,
+    ignore_label=ignore,
   )
+  strong_u = None
+  if recipe.photometric is not None:
+    strong_u = apply_photometric(
+      draws.photometric,
+      batch_u.image,
+      batch_u.valid_box,
+      max_sigma=recipe.photometric.blur_sigma[1],
+    )
+    strong_u, *_ = mix(
+      normalise(strong_u, batch_u.valid_box, recipe.mean, recipe.std)
+    )
+  images_u, pseudo_labels, confidence, keep_mask = mix(images_u)
   images = jnp.concatenate([images_l, images_u])
+  student_images = images
+  if strong_u is not None:
+    student_images = jnp.concatenate([images_l, strong_u])
 
   # The teacher's second pass: strong view, batch statistics. It judges
   # reliability, and gives prototypes and negatives.
@@ -333,7 +350,11 @@ def semi_supervised_step(
 
   def loss_fn(params):
     outputs, batch_stats = _forward_train(
-      model, params, state.student.batch_stats, images, draws.student_dropout
+      model,
+      params,
+      state.student.batch_stats,
+      student_images,
+      draws.student_dropout,
     )
     aux_l = None if outputs.aux_logits is None else outputs.aux_logits[:num_l]
     sup_loss = _supervised_loss(outputs.logits[:num_l], aux_l, labels_l, recipe)
@@ -425,6 +446,7 @@ def semi_supervised_step(
       "mixed_pseudo_labels": pseudo_labels,
       "kept_labels": kept_labels,
       "images": images,
+      "student_images": student_images,
       "mix_mask": keep_mask,
       "entropies": entropies,
       "student": outputs,
