@@ -51,7 +51,7 @@ def image_from_bytes(data: bytes, path: str | os.PathLike) -> np.ndarray:
   """decode_image of bytes that were read already; `path` is for messages."""
   if data.startswith(b"\xff\xd8") and _is_truncated_jpeg(data):
     # Some OpenCV versions fill the missing part with grey, silently.
-    raise errors.DataError(
+    raise errors.UnreadableFileError(
       f"{path}: the JPEG file is truncated; copy or download it again"
     )
   try:
@@ -59,7 +59,7 @@ def image_from_bytes(data: bytes, path: str | os.PathLike) -> np.ndarray:
   except cv2.error:
     image = None
   if image is None:
-    raise errors.DataError(
+    raise errors.UnreadableFileError(
       f"{path}: cannot be decoded as an image; it is damaged, truncated or of"
       " an unknown format: replace it, or save it as JPEG or PNG"
     )
@@ -157,7 +157,7 @@ def _refuse_values(
   if others:
     shown = ", ".join(map(str, others[:5]))
     also = f", and also {shown}{', ...' if len(others) > 5 else ''}"
-  raise errors.DataError(
+  raise errors.LabelError(
     f"{path}: label value {value} in {count} pixels{also}, first at row {row},"
     f" column {column}; {rule}"
   )
@@ -182,7 +182,7 @@ def _ids_of_colours(
     others = len(np.unique(codes[invalid])) - 1
     also = f", and {others} other such colours" if others else ""
     colour = tuple(int(value) for value in rgb[row, column])
-    raise errors.DataError(
+    raise errors.LabelError(
       f"{path}: colour {colour} in {count} pixels{also}, first at row {row},"
       f" column {column}, is that of no class: correct the mask, or add the"
       " colour to the class table (as 'ignore R G B' for pixels to ignore)"
@@ -278,7 +278,7 @@ def _read_indices(data: bytes, path: str | os.PathLike) -> np.ndarray:
   with _open_mask(data, path) as file:
     format, mode = file.format, file.mode
     if mode not in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L"):
-      raise errors.DataError(
+      raise errors.MaskFormatError(
         f"{path}: the mask holds colours ({mode}), not class ids; it must be an"
         " index (palette or 8-bit grey) PNG, or set"
         " dataset.mask_format='colours' if they are those of the classes"
@@ -298,7 +298,7 @@ def _read_colours(data: bytes, path: str | os.PathLike) -> np.ndarray:
   """Colours of an 8-bit image, grey and palette ones too: uint8 [h, w, 3]."""
   with _open_mask(data, path) as file:
     if file.mode not in ("RGB", "RGBA", "P", "L", "LA", "1"):
-      raise errors.DataError(
+      raise errors.MaskFormatError(
         f"{path}: the mask is of mode {file.mode}, not of 8-bit colours; save"
         " it as an RGB PNG"
       )
@@ -312,7 +312,7 @@ def _open_mask(data: bytes, path: str | os.PathLike) -> Image.Image:
     raise _damaged_mask(path) from None
   if file.format == "JPEG":
     file.close()
-    raise errors.DataError(
+    raise errors.MaskFormatError(
       f"{path}: the mask is a JPEG, whose compression changes labels; save it"
       " as PNG"
     )
@@ -329,7 +329,7 @@ def _pixels(
 
 
 def _damaged_mask(path: str | os.PathLike) -> errors.DataError:
-  return errors.DataError(
+  return errors.UnreadableFileError(
     f"{path}: the mask cannot be decoded; it is damaged or truncated: copy or"
     " export it again"
   )
@@ -347,7 +347,7 @@ def _read_header(
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
         return image.height, image.width, orientation
   except _PIL_ERRORS:
-    raise errors.DataError(
+    raise errors.UnreadableFileError(
       f"{path}: cannot be read as an image; it is damaged, truncated or of an"
       " unknown format: replace it, or save it as JPEG or PNG"
     ) from None

@@ -42,10 +42,21 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
   maths = {"jax", "numpy", "optax", "flax"}
   rules = {
     "configs": ({"configs"}, {"ml_collections"}),
-    # No model and no backend: its worker processes must not start one.
+    # No model and no backend: its worker processes must not start one. A config
+    # (ml_collections) is data; the doctor takes one and shows progress (tqdm).
     "input_pipeline": (
       {"input_pipeline"},
-      {"PIL", "absl", "cv2", "etils", "grain", "numpy", "tensorflow_datasets"},
+      {
+        "PIL",
+        "absl",
+        "cv2",
+        "etils",
+        "grain",
+        "ml_collections",
+        "numpy",
+        "tensorflow_datasets",
+        "tqdm",
+      },
     ),
     "u2pl_jax.models": (
       {"u2pl_jax.models"},
@@ -80,6 +91,7 @@ _OWNERS = {
   "orbax": {"u2pl_jax.checkpoint"},
   "torch": {"u2pl_jax.models.weight_files"},
   "grain": {"input_pipeline"},
+  "tqdm": {"input_pipeline.doctor"},
   "tensorflow_datasets": {"input_pipeline"},
   "clu": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},
   "tensorflow": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},
