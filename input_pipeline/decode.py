@@ -19,7 +19,7 @@ _EXIF_ORIENTATION = 0x0112
 _SWAPPING_ORIENTATIONS = frozenset((5, 6, 7, 8))
 
 # PIL reports damage inside a PNG as a SyntaxError.
-_PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 # Train id of the label ids 0 ... 33 of Cityscapes, -1 for those to ignore.
 _TRAIN_IDS = (
@@ -112,7 +112,7 @@ def mask_from_bytes(
   """decode_mask of bytes that were read already; `path` is for messages."""
   if mask_format.kind == "colours":
     return _ids_of_colours(data, path, mask_format, ignore_label)
-  mask = _read_indices(data, path)
+  mask = read_indices(data, path)
   if mask_format.kind == "cityscapes_label_ids":
     return _train_ids(mask, path, ignore_label)
   invalid = (mask >= num_classes) & (mask != ignore_label)
@@ -169,7 +169,7 @@ def _ids_of_colours(
   mask_format: MaskFormat,
   ignore_label: int,
 ) -> np.ndarray:
-  rgb = _read_colours(data, path)
+  rgb = read_colours(data, path)
   table = _colour_table(mask_format, ignore_label)
   codes = rgb[..., 0].astype(np.int32) << 16
   codes |= rgb[..., 1].astype(np.int32) << 8
@@ -232,7 +232,7 @@ def decode_pair(
   )
   if mask.shape != image.shape[:2]:
     fix = "make one mask pixel per image pixel"
-    height, width, orientation = _read_header(io.BytesIO(data), image_path)
+    height, width, orientation = read_header(io.BytesIO(data), image_path)
     if orientation in _SWAPPING_ORIENTATIONS and mask.shape == (height, width):
       fix = "the image is rotated by its EXIF tag: save it without the tag"
     raise errors.DataError(
@@ -258,7 +258,7 @@ def image_sizes(
       sizes.append(size)
       continue
     with source.open_image(id) as file:
-      height, width, orientation = _read_header(file, source.image_path(id))
+      height, width, orientation = read_header(file, source.image_path(id))
     if orientation in _SWAPPING_ORIENTATIONS:
       height, width = width, height
     sizes.append((height, width))
@@ -273,8 +273,13 @@ def _is_truncated_jpeg(data: bytes) -> bool:
   return start_of_scan < 0 or data.find(b"\xff\xd9", start_of_scan) < 0
 
 
-def _read_indices(data: bytes, path: str | os.PathLike) -> np.ndarray:
-  """Pixel values of a one-channel image as stored, an integer [h, w] array."""
+def read_indices(data: bytes, path: str | os.PathLike) -> np.ndarray:
+  """Pixel values of a one-channel image as stored, an integer [h, w] array.
+
+  Raises:
+    DataError: the image has colours, is damaged or a JPEG; `path` is for the
+      message.
+  """
   with _open_mask(data, path) as file:
     format, mode = file.format, file.mode
     if mode not in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L"):
@@ -294,8 +299,13 @@ def _read_indices(data: bytes, path: str | os.PathLike) -> np.ndarray:
   return values
 
 
-def _read_colours(data: bytes, path: str | os.PathLike) -> np.ndarray:
-  """Colours of an 8-bit image, grey and palette ones too: uint8 [h, w, 3]."""
+def read_colours(data: bytes, path: str | os.PathLike) -> np.ndarray:
+  """Colours of an 8-bit image, grey and palette ones too: uint8 [h, w, 3].
+
+  Raises:
+    DataError: the image has 16 bits a channel, is damaged or a JPEG; `path` is
+      for the message.
+  """
   with _open_mask(data, path) as file:
     if file.mode not in ("RGB", "RGBA", "P", "L", "LA", "1"):
       raise errors.MaskFormatError(
@@ -308,7 +318,7 @@ def _read_colours(data: bytes, path: str | os.PathLike) -> np.ndarray:
 def _open_mask(data: bytes, path: str | os.PathLike) -> Image.Image:
   try:
     file = Image.open(io.BytesIO(data))
-  except _PIL_ERRORS:
+  except PIL_ERRORS:
     raise _damaged_mask(path) from None
   if file.format == "JPEG":
     file.close()
@@ -324,7 +334,7 @@ def _pixels(
 ) -> np.ndarray:
   try:
     return np.asarray(file if convert is None else file.convert(convert))
-  except _PIL_ERRORS:
+  except PIL_ERRORS:
     raise _damaged_mask(path) from None
 
 
@@ -335,10 +345,14 @@ def _damaged_mask(path: str | os.PathLike) -> errors.DataError:
   )
 
 
-def _read_header(
+def read_header(
   file: BinaryIO, path: str | os.PathLike
 ) -> tuple[int, int, int]:
-  """(height, width, EXIF orientation), the size before the rotation."""
+  """(height, width, EXIF orientation) of an image, before it is turned.
+
+  Raises:
+    DataError: the header cannot be read; `path` is for the message.
+  """
   try:
     with warnings.catch_warnings():
       # PIL warns from 90 megapixels on; the size is all that is read here.
@@ -346,7 +360,7 @@ def _read_header(
       with Image.open(file) as image:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
         return image.height, image.width, orientation
-  except _PIL_ERRORS:
+  except PIL_ERRORS:
     raise errors.UnreadableFileError(
       f"{path}: cannot be read as an image; it is damaged, truncated or of an"
       " unknown format: replace it, or save it as JPEG or PNG"

@@ -22,7 +22,15 @@ class UnreadableFileError(DataError):
 
 
 class AmbiguousIdError(DataError):
-  """Two files have the same id."""
+  """Two files have the same id.
+
+  Attributes:
+    path: of one of them.
+  """
+
+  def __init__(self, message: str, path: str):
+    super().__init__(message)
+    self.path = path
 
 
 class MaskFormatError(DataError):

@@ -127,7 +127,8 @@ class Layout:
         f"{os.path.join(parent, found[0])} and"
         f" {os.path.join(parent, found[1])} have the same id {id!r}: remove or"
         " rename one, or set dataset.image_suffix (dataset.mask_suffix) to that"
-        " of the right one"
+        " of the right one",
+        os.path.join(parent, found[0]),
       )
     return os.path.join(parent, found[0]) if found else stem
 

@@ -43,7 +43,7 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
   rules = {
     "configs": ({"configs"}, {"ml_collections"}),
     # No model and no backend: its worker processes must not start one. A config
-    # (ml_collections) is data; the doctor takes one and shows progress (tqdm).
+    # (ml_collections) is data; who reads all files shows progress (tqdm).
     "input_pipeline": (
       {"input_pipeline"},
       {
@@ -91,7 +91,7 @@ _OWNERS = {
   "orbax": {"u2pl_jax.checkpoint"},
   "torch": {"u2pl_jax.models.weight_files"},
   "grain": {"input_pipeline"},
-  "tqdm": {"input_pipeline.doctor"},
+  "tqdm": {"input_pipeline.parallel"},
   "tensorflow_datasets": {"input_pipeline"},
   "clu": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},
   "tensorflow": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},
