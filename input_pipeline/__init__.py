@@ -23,7 +23,7 @@ from input_pipeline.datasets import (
   read_class_table,
   voc_palette,
 )
-from input_pipeline.errors import DataError
+from input_pipeline.errors import ConfigError, DataError
 from input_pipeline.shards import Shards, shards_folder
 from input_pipeline.sources import Layout, Source, check_files, find_unlabelled
 from input_pipeline.splits import check_splits, read_split
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
   "FOLDER",
   "MASK_FORMATS",
+  "ConfigError",
   "DataError",
   "DatasetInfo",
   "Layout",

@@ -19,7 +19,7 @@ _EXIF_ORIENTATION = 0x0112
 _SWAPPING_ORIENTATIONS = frozenset((5, 6, 7, 8))
 
 # PIL reports damage inside a PNG as a SyntaxError.
-_PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 # Train id of the label ids 0 ... 33 of Cityscapes, -1 for those to ignore.
 _TRAIN_IDS = (
@@ -51,7 +51,7 @@ def image_from_bytes(data: bytes, path: str | os.PathLike) -> np.ndarray:
   """decode_image of bytes that were read already; `path` is for messages."""
   if data.startswith(b"\xff\xd8") and _is_truncated_jpeg(data):
     # Some OpenCV versions fill the missing part with grey, silently.
-    raise errors.DataError(
+    raise errors.UnreadableFileError(
       f"{path}: the JPEG file is truncated; copy or download it again"
     )
   image = png.decode_rgb(data)
@@ -62,7 +62,7 @@ def image_from_bytes(data: bytes, path: str | os.PathLike) -> np.ndarray:
   except cv2.error:
     image = None
   if image is None:
-    raise errors.DataError(
+    raise errors.UnreadableFileError(
       f"{path}: cannot be decoded as an image; it is damaged, truncated or of"
       " an unknown format: replace it, or save it as JPEG or PNG"
     )
@@ -115,7 +115,7 @@ def mask_from_bytes(
   """decode_mask of bytes that were read already; `path` is for messages."""
   if mask_format.kind == "colours":
     return _ids_of_colours(data, path, mask_format, ignore_label)
-  mask = _read_indices(data, path)
+  mask = read_indices(data, path)
   if mask_format.kind == "cityscapes_label_ids":
     return _train_ids(mask, path, ignore_label)
   invalid = (mask >= num_classes) & (mask != ignore_label)
@@ -160,7 +160,7 @@ def _refuse_values(
   if others:
     shown = ", ".join(map(str, others[:5]))
     also = f", and also {shown}{', ...' if len(others) > 5 else ''}"
-  raise errors.DataError(
+  raise errors.LabelError(
     f"{path}: label value {value} in {count} pixels{also}, first at row {row},"
     f" column {column}; {rule}"
   )
@@ -172,7 +172,7 @@ def _ids_of_colours(
   mask_format: MaskFormat,
   ignore_label: int,
 ) -> np.ndarray:
-  rgb = _read_colours(data, path)
+  rgb = read_colours(data, path)
   table = _colour_table(mask_format, ignore_label)
   codes = rgb[..., 0].astype(np.int32) << 16
   codes |= rgb[..., 1].astype(np.int32) << 8
@@ -185,7 +185,7 @@ def _ids_of_colours(
     others = len(np.unique(codes[invalid])) - 1
     also = f", and {others} other such colours" if others else ""
     colour = tuple(int(value) for value in rgb[row, column])
-    raise errors.DataError(
+    raise errors.LabelError(
       f"{path}: colour {colour} in {count} pixels{also}, first at row {row},"
       f" column {column}, is that of no class: correct the mask, or add the"
       " colour to the class table (as 'ignore R G B' for pixels to ignore)"
@@ -235,7 +235,7 @@ def decode_pair(
   )
   if mask.shape != image.shape[:2]:
     fix = "make one mask pixel per image pixel"
-    height, width, orientation = _read_header(io.BytesIO(data), image_path)
+    height, width, orientation = read_header(io.BytesIO(data), image_path)
     if orientation in _SWAPPING_ORIENTATIONS and mask.shape == (height, width):
       fix = "the image is rotated by its EXIF tag: save it without the tag"
     raise errors.DataError(
@@ -261,7 +261,7 @@ def image_sizes(
       sizes.append(size)
       continue
     with source.open_image(id) as file:
-      height, width, orientation = _read_header(file, source.image_path(id))
+      height, width, orientation = read_header(file, source.image_path(id))
     if orientation in _SWAPPING_ORIENTATIONS:
       height, width = width, height
     sizes.append((height, width))
@@ -276,15 +276,20 @@ def _is_truncated_jpeg(data: bytes) -> bool:
   return start_of_scan < 0 or data.rfind(b"\xff\xd9") < start_of_scan
 
 
-def _read_indices(data: bytes, path: str | os.PathLike) -> np.ndarray:
-  """Pixel values of a one-channel image as stored, an integer [h, w] array."""
+def read_indices(data: bytes, path: str | os.PathLike) -> np.ndarray:
+  """Pixel values of a one-channel image as stored, an integer [h, w] array.
+
+  Raises:
+    DataError: the image has colours, is damaged or a JPEG; `path` is for the
+      message.
+  """
   indices = png.decode_indices(data)
   if indices is not None:
     return indices
   with _open_mask(data, path) as file:
     format, mode = file.format, file.mode
     if mode not in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L"):
-      raise errors.DataError(
+      raise errors.MaskFormatError(
         f"{path}: the mask holds colours ({mode}), not class ids; it must be an"
         " index (palette or 8-bit grey) PNG, or set"
         " dataset.mask_format='colours' if they are those of the classes"
@@ -300,11 +305,16 @@ def _read_indices(data: bytes, path: str | os.PathLike) -> np.ndarray:
   return values
 
 
-def _read_colours(data: bytes, path: str | os.PathLike) -> np.ndarray:
-  """Colours of an 8-bit image, grey and palette ones too: uint8 [h, w, 3]."""
+def read_colours(data: bytes, path: str | os.PathLike) -> np.ndarray:
+  """Colours of an 8-bit image, grey and palette ones too: uint8 [h, w, 3].
+
+  Raises:
+    DataError: the image has 16 bits a channel, is damaged or a JPEG; `path` is
+      for the message.
+  """
   with _open_mask(data, path) as file:
     if file.mode not in ("RGB", "RGBA", "P", "L", "LA", "1"):
-      raise errors.DataError(
+      raise errors.MaskFormatError(
         f"{path}: the mask is of mode {file.mode}, not of 8-bit colours; save"
         " it as an RGB PNG"
       )
@@ -314,11 +324,11 @@ def _read_colours(data: bytes, path: str | os.PathLike) -> np.ndarray:
 def _open_mask(data: bytes, path: str | os.PathLike) -> Image.Image:
   try:
     file = Image.open(io.BytesIO(data))
-  except _PIL_ERRORS:
+  except PIL_ERRORS:
     raise _damaged_mask(path) from None
   if file.format == "JPEG":
     file.close()
-    raise errors.DataError(
+    raise errors.MaskFormatError(
       f"{path}: the mask is a JPEG, whose compression changes labels; save it"
       " as PNG"
     )
@@ -330,21 +340,25 @@ def _pixels(
 ) -> np.ndarray:
   try:
     return np.asarray(file if convert is None else file.convert(convert))
-  except _PIL_ERRORS:
+  except PIL_ERRORS:
     raise _damaged_mask(path) from None
 
 
 def _damaged_mask(path: str | os.PathLike) -> errors.DataError:
-  return errors.DataError(
+  return errors.UnreadableFileError(
     f"{path}: the mask cannot be decoded; it is damaged or truncated: copy or"
     " export it again"
   )
 
 
-def _read_header(
+def read_header(
   file: BinaryIO, path: str | os.PathLike
 ) -> tuple[int, int, int]:
-  """(height, width, EXIF orientation), the size before the rotation."""
+  """(height, width, EXIF orientation) of an image, before it is turned.
+
+  Raises:
+    DataError: the header cannot be read; `path` is for the message.
+  """
   try:
     with warnings.catch_warnings():
       # PIL warns from 90 megapixels on; the size is all that is read here.
@@ -352,8 +366,8 @@ def _read_header(
       with Image.open(file) as image:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
         return image.height, image.width, orientation
-  except _PIL_ERRORS:
-    raise errors.DataError(
+  except PIL_ERRORS:
+    raise errors.UnreadableFileError(
       f"{path}: cannot be read as an image; it is damaged, truncated or of an"
       " unknown format: replace it, or save it as JPEG or PNG"
     ) from None

@@ -149,7 +149,7 @@ class Shards:
         )
 
   def _missing(self, path: str) -> errors.DataError:
-    return errors.DataError(
+    return errors.MissingFileError(
       f"{path}: not in the shards; write them again with lists that hold it"
       " (scripts/write_tfds.py)"
     )

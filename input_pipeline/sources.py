@@ -123,11 +123,12 @@ class Layout:
       self._names[parent] = _names_by_stem(parent)
     found = self._names[parent].get(name, [])
     if len(found) > 1:
-      raise errors.DataError(
+      raise errors.AmbiguousIdError(
         f"{os.path.join(parent, found[0])} and"
         f" {os.path.join(parent, found[1])} have the same id {id!r}: remove or"
         " rename one, or set dataset.image_suffix (dataset.mask_suffix) to that"
-        " of the right one"
+        " of the right one",
+        os.path.join(parent, found[0]),
       )
     return os.path.join(parent, found[0]) if found else stem
 
@@ -159,7 +160,7 @@ def read_file(path: str | os.PathLike, kind: str) -> bytes:
   except OSError as error:
     raise _unreadable(path, kind, error) from None
   if not data:
-    raise errors.DataError(
+    raise errors.EmptyFileError(
       f"{path}: the {kind} file is empty; copy or download it again"
     )
   return data
@@ -170,11 +171,13 @@ def _unreadable(
 ) -> errors.DataError:
   if isinstance(error, FileNotFoundError):
     needed = "; every labelled image needs one" if kind == "mask" else ""
-    return errors.DataError(
+    return errors.MissingFileError(
       f"{path}: {kind} not found{needed}: add the file, or take its id off the"
       " list"
     )
-  return errors.DataError(f"{path}: cannot read the {kind}: {error.strerror}")
+  return errors.UnreadableFileError(
+    f"{path}: cannot read the {kind}: {error.strerror}"
+  )
 
 
 def find_unlabelled(

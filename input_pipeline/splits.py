@@ -15,18 +15,44 @@ _CITYSCAPES_ENDING = "_leftImg8bit"
 
 
 def read_split(path: str | os.PathLike) -> tuple[str, ...]:
-  """Reads a list of ids, one a line.
+  """Reads a list of ids, one a line; see `read_lines` for what lines may hold.
+
+  Raises:
+    DataError: the file is missing or is not text, holds no id, holds an id
+      twice, or holds a path that leads outside the data folder.
+  """
+  line_of_id = {}
+  for number, id in read_lines(path):
+    if leads_outside(id):
+      raise errors.DataError(
+        f"{path}, line {number}: {id!r} does not lie inside the data folder;"
+        " write the image id, or its path relative to the data folder"
+      )
+    if id in line_of_id:
+      raise errors.DataError(
+        f"{path}: id {id!r} is listed twice, in lines {line_of_id[id]} and"
+        f" {number}; remove one of them"
+      )
+    line_of_id[id] = number
+  if not line_of_id:
+    raise errors.DataError(
+      f"{path}: the split file is empty; it should hold one image id per line"
+    )
+  return tuple(line_of_id)
+
+
+def read_lines(path: str | os.PathLike) -> list[tuple[int, str]]:
+  """Reads the lines of a list: (line number from 1, id), blank lines left out.
 
   A line is a bare id (`2007_000032`, `train/ulm/0001`), or the path of an image
   (`leftImg8bit/train/ulm/x_leftImg8bit.png`), or the paths of an image and its
   mask (`JPEGImages/x.jpg SegmentationClassAug/x.png`), as published lists have
   it. Of a path, the first folder is taken for the image folder and dropped with
-  the suffix: which folders and suffixes to read is the Layout's to say. Blank
-  lines, CRLF, a byte order mark and a missing final newline are accepted.
+  the suffix: which folders and suffixes to read is the Layout's to say. CRLF, a
+  byte order mark and a missing final newline are accepted.
 
   Raises:
-    DataError: the file is missing or is not text, holds no id, holds an id
-      twice, or holds a path that leads outside the data folder.
+    DataError: the file is missing or is not text.
   """
   try:
     text = storage.read_bytes(path).decode("utf-8-sig")
@@ -44,31 +70,17 @@ def read_split(path: str | os.PathLike) -> tuple[str, ...]:
     raise errors.DataError(
       f"{path}: cannot read the split file: {error.strerror}"
     ) from None
-
-  line_of_id = {}
-  for number, line in enumerate(text.splitlines(), start=1):
-    if not line.strip():
-      continue
-    id = _id_of_line(line.strip())
-    if id.startswith("/") or ".." in id.split("/") or not id:
-      raise errors.DataError(
-        f"{path}, line {number}: {line.strip()!r} does not lie inside the data"
-        " folder; write the image id, or its path relative to the data folder"
-      )
-    if id in line_of_id:
-      raise errors.DataError(
-        f"{path}: id {id!r} is listed twice, in lines {line_of_id[id]} and"
-        f" {number}; remove one of them"
-      )
-    line_of_id[id] = number
-  if not line_of_id:
-    raise errors.DataError(
-      f"{path}: the split file is empty; it should hold one image id per line"
-    )
-  return tuple(line_of_id)
+  lines = enumerate(text.splitlines(), start=1)
+  return [(n, id_of_line(line.strip())) for n, line in lines if line.strip()]
 
 
-def _id_of_line(line: str) -> str:
+def leads_outside(id: str) -> bool:
+  """Whether an id leads out of the folder that it is relative to."""
+  return not id or id.startswith("/") or ".." in id.split("/")
+
+
+def id_of_line(line: str) -> str:
+  """The id that a line of a list, without blanks around it, stands for."""
   fields = line.split()
   # A name may contain spaces, so that two words are two paths only if both end
   # like an image.

@@ -29,14 +29,18 @@ from absl import app, flags  # noqa: E402
 from absl import logging as absl_logging  # noqa: E402
 
 from input_pipeline import (  # noqa: E402
+  ConfigError,
   DataError,
+  dataset_config,
   find_unlabelled,
   storage,
   tfds_builders,
 )
-from u2pl_jax import data as data_lib  # noqa: E402
-from u2pl_jax.command_line import CONFIG, fail, parse_flags  # noqa: E402
-from u2pl_jax.config_checks import ConfigError  # noqa: E402
+from input_pipeline.command_line import (  # noqa: E402
+  CONFIG,
+  fail,
+  parse_flags,
+)
 
 _OUTPUT = flags.DEFINE_string(
   "output", None, "Folder of data sets. Default: dataset.tfds_dir of the root."
@@ -78,9 +82,9 @@ def write(config, output: str | None) -> str:
   config = config.copy_and_resolve_references()
   dataset = config.dataset
   dataset.source = "files"
-  info = data_lib.load_info(config)
-  data_lib.prepare_dataset(config)
-  source, ids = data_lib.read_lists(config)
+  info = dataset_config.load_info(dataset)
+  dataset_config.prepare_dataset(dataset)
+  source, ids = dataset_config.read_lists(dataset)
   for part in ("labelled", "validation"):
     source.check(ids[part], masks=True)
   source.check(ids["unlabelled"], masks=False)

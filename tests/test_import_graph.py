@@ -41,7 +41,8 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
   maths = {"jax", "numpy", "optax", "flax"}
   rules = {
     "configs": ({"configs"}, {"ml_collections"}),
-    # No model and no backend: its worker processes must not start one.
+    # No model and no backend: its worker processes must not start one. A config
+    # (ml_collections) is data; who reads all files shows progress (tqdm).
     "input_pipeline": (
       {"input_pipeline"},
       {
@@ -51,8 +52,10 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
         "etils",
         "grain",
         "kornia_rs",
+        "ml_collections",
         "numpy",
         "tensorflow_datasets",
+        "tqdm",
       },
     ),
     "u2pl_jax.models": (
@@ -89,6 +92,7 @@ _OWNERS = {
   "torch": {"u2pl_jax.models.weight_files"},
   "grain": {"input_pipeline"},
   "kornia_rs": {"input_pipeline.png"},
+  "tqdm": {"input_pipeline.parallel"},
   "tensorflow_datasets": {"input_pipeline"},
   "clu": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},
   "tensorflow": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},

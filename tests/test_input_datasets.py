@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from input_pipeline import DataError, dataset_info, storage
+from input_pipeline import DataError, dataset_config, dataset_info, storage
 from tests import data_trees
 from u2pl_jax import data as data_lib
 from u2pl_jax.build import DataSpec, make_recipe
@@ -20,8 +20,8 @@ TREES = {
 
 
 def load(config):
-  info = data_lib.load_info(config)
-  data_lib.prepare_dataset(config)
+  info = dataset_config.load_info(config.dataset)
+  dataset_config.prepare_dataset(config.dataset)
   return data_lib.load_data(config, info)
 
 
@@ -103,7 +103,7 @@ def test_own_folder_is_read_from_its_config_alone(tmp_path):
   assert data.info.mean == dataset_info("voc").mean
   config.dataset.mean = (1, 2.5, 3)
   config.dataset.std = (4, 5, 6)
-  info = data_lib.load_info(config)
+  info = dataset_config.load_info(config.dataset)
   assert (info.mean, info.std) == ((1.0, 2.5, 3.0), (4.0, 5.0, 6.0))
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tensorflow_datasets.core import shuffle
 
 import input_pipeline as ip
-from input_pipeline import tfds_builders
+from input_pipeline import dataset_config, tfds_builders
 from tests import data_trees
 from u2pl_jax import data as data_lib
 from u2pl_jax.build import DataSpec, make_recipe
@@ -81,8 +81,8 @@ def with_source(config, source, **keys):
 
 
 def load(config):
-  info = data_lib.load_info(config)
-  data_lib.prepare_dataset(config)
+  info = dataset_config.load_info(config.dataset)
+  dataset_config.prepare_dataset(config.dataset)
   return data_lib.load_data(config, info)
 
 
@@ -236,7 +236,7 @@ def test_order_survives_the_sorting_on_disk(tmp_path, monkeypatch):
 
   monkeypatch.setattr(shuffle, "get_bucket_number", record)
   config = data_trees.write_voc(tmp_path)
-  source, ids = data_lib.read_lists(config)
+  source, ids = dataset_config.read_lists(config.dataset)
   ids = sum(ids.values(), ())
   folder = tfds_builders.write_shards(
     source, ids, str(tmp_path / "out"), dataset_name="voc"

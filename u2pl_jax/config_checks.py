@@ -2,7 +2,8 @@
 
 import ml_collections
 
-from input_pipeline import FOLDER, MASK_FORMATS
+from input_pipeline import ConfigError
+from input_pipeline.dataset_config import check_labels
 from u2pl_jax.evaluation import PROTOCOLS
 from u2pl_jax.models.deeplab import HEADS
 from u2pl_jax.models.resnet import BACKBONES
@@ -10,11 +11,6 @@ from u2pl_jax.strong_augmentation import MIXES
 from u2pl_jax.train_step import QUIRKS
 
 METHODS = ("u2pl", "supervised")
-SOURCES = ("files", "tfds")
-
-
-class ConfigError(ValueError):
-  """One line that names the key, its value and the fix."""
 
 
 def parse_quirks(text: str) -> frozenset[str]:
@@ -62,66 +58,6 @@ def _in_range(key: str, value: float, low: float, high: float) -> None:
   _require(
     low <= value <= high,
     f"config.{key}={value}: must be between {low} and {high}",
-  )
-
-
-def check_dataset(dataset: ml_collections.ConfigDict) -> None:
-  """Checks what can be said of config.dataset before any file is read.
-
-  Raises:
-    ConfigError: the first thing that is wrong.
-  """
-  _choice("dataset.mask_format", dataset.mask_format, MASK_FORMATS)
-  _choice("dataset.source", dataset.source, SOURCES)
-  _require(
-    bool(dataset.classes_file) == (dataset.name == FOLDER),
-    f"config.dataset.classes_file={dataset.classes_file!r}: names the class"
-    f" table of dataset.name='{FOLDER}' and is '' for every other data set"
-    f" (dataset.name={dataset.name!r})",
-  )
-  for part in ("labelled", "validation"):
-    _require(
-      bool(dataset[f"{part}_list"]),
-      f"config.dataset.{part}_list='': must name a text file with one image id"
-      " a line",
-    )
-  _require(
-    bool(dataset.unlabelled_list) != bool(dataset.unlabelled_dir),
-    f"config.dataset.unlabelled_list={dataset.unlabelled_list!r} and"
-    f" unlabelled_dir={dataset.unlabelled_dir!r}: set one of them, a text file"
-    " with one image id a line or a folder of images",
-  )
-  for key in ("mean", "std"):
-    values = tuple(dataset[key])
-    _require(
-      len(values) in (0, 3) and all(0 <= v <= 255 for v in values),
-      f"config.dataset.{key}={values}: needs red, green and blue from 0 to 255,"
-      " or () for those of the data set",
-    )
-  _require(
-    all(value > 0 for value in dataset.std),
-    f"config.dataset.std={tuple(dataset.std)}: must be positive",
-  )
-
-
-def check_labels(
-  dataset: ml_collections.ConfigDict, *, num_classes: int
-) -> None:
-  """Checks what config.dataset says of masks against the number of classes.
-
-  Raises:
-    ConfigError: the first thing that is wrong.
-  """
-  _require(
-    num_classes <= dataset.ignore_label <= 255,
-    f"config.dataset.ignore_label={dataset.ignore_label}: must be none of the"
-    f" class ids 0 to {num_classes - 1}, and at most 255",
-  )
-  _require(
-    dataset.mask_format != "cityscapes_label_ids" or num_classes == 19,
-    "config.dataset.mask_format='cityscapes_label_ids' makes the 19 classes of"
-    f" Cityscapes, but dataset.name={dataset.name!r} has {num_classes}: choose"
-    " 'index' or 'colours'",
   )
 
 

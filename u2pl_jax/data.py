@@ -1,4 +1,4 @@
-"""From a config to the images of a run: checks, lists, streams."""
+"""From a config to the images of a run: checked lists, streams."""
 
 import dataclasses
 import logging
@@ -9,24 +9,14 @@ import ml_collections
 import numpy as np
 
 from input_pipeline import (
-  FOLDER,
-  DataError,
   DatasetInfo,
-  Layout,
-  Shards,
   Source,
   TrainTransform,
   check_splits,
-  dataset_info,
-  find_unlabelled,
   make_eval_stream,
   make_train_stream,
-  read_class_table,
-  read_split,
-  shards_folder,
-  storage,
 )
-from u2pl_jax.config_checks import check_dataset
+from input_pipeline.dataset_config import read_lists
 from u2pl_jax.train_step import Recipe
 
 logger = logging.getLogger(__name__)
@@ -51,130 +41,6 @@ class Data:
   oracle: tuple[str, ...]
 
 
-def load_info(config: ml_collections.ConfigDict) -> DatasetInfo:
-  """Names, palette and pixel statistics of the data set of a config.
-
-  Raises:
-    ConfigError: config.dataset cannot work.
-    DataError: an unknown data set, or a bad class table.
-  """
-  dataset = config.dataset
-  check_dataset(dataset)
-  if dataset.name == FOLDER:
-    info = read_class_table(
-      storage.join(dataset.root, dataset.classes_file),
-      need_colours=dataset.mask_format == "colours",
-    )
-  else:
-    info = dataset_info(dataset.name)
-  own = {
-    key: tuple(float(value) for value in dataset[key])
-    for key in ("mean", "std")
-    if dataset[key]
-  }
-  return dataclasses.replace(info, **own)
-
-
-def prepare_dataset(config: ml_collections.ConfigDict) -> None:
-  """Sees to it that the folders of the data set are there.
-
-  The synthetic 'shapes' is drawn on first use.
-
-  Raises:
-    DataError: a folder is missing; says what belongs there and where to get it.
-  """
-  dataset = config.dataset
-  if dataset.name == "shapes":
-    _ensure_shapes(config)
-  if dataset.source == "tfds":
-    return  # `Shards` says what is missing.
-  root = str(dataset.root)
-  folders = [
-    root,
-    storage.join(root, dataset.image_dir),
-    storage.join(root, dataset.mask_dir),
-  ]
-  missing = next((x for x in folders if not storage.is_folder(x)), None)
-  if missing is None:
-    return
-  wanted = [
-    f"the list {dataset[f'{part}_list']}" for part in ("labelled", "validation")
-  ]
-  if dataset.unlabelled_dir:
-    wanted.append(f"the images in {dataset.unlabelled_dir}/")
-  else:
-    wanted.append(f"the list {dataset.unlabelled_list}")
-  source = "" if dataset.name == FOLDER else dataset_info(dataset.name).source
-  raise DataError(
-    f"{missing}: the folder does not exist. The data set {dataset.name!r} needs"
-    f" {root} with {dataset.image_dir}/<id>{dataset.image_suffix or '.*'},"
-    f" {dataset.mask_dir}/<id>{dataset.mask_suffix or '.*'},"
-    f" {', '.join(wanted)}"
-    " (another place: --config.dataset.root=...)"
-    + (f". Where to get it: {source}" if source else "")
-  )
-
-
-def _ensure_shapes(config: ml_collections.ConfigDict) -> None:
-  # Here, because its drawing code is of no use to other data sets.
-  from input_pipeline import shapes
-
-  wanted = config.dataset.shapes
-  shapes.ensure_dataset(
-    config.dataset.root,
-    shapes.World(seed=wanted.seed),
-    num_labelled=wanted.num_labelled,
-    num_unlabelled=wanted.num_unlabelled,
-    num_val=wanted.num_val,
-    num_test=wanted.num_test,
-  )
-
-
-def read_lists(
-  config: ml_collections.ConfigDict,
-) -> tuple[Source, dict[str, tuple[str, ...]]]:
-  """Opens the source and reads the lists; looks for no file of them.
-
-  Returns:
-    Where images and masks are read, and the ids of 'labelled', 'validation' and
-    'unlabelled'.
-
-  Raises:
-    DataError: a list, the folder of unlabelled images, or a shard is missing or
-      unfit.
-  """
-  dataset = config.dataset
-  ids = {
-    part: read_split(storage.join(dataset.root, dataset[f"{part}_list"]))
-    for part in ("labelled", "validation")
-  }
-  listed = ids["labelled"] + ids["validation"]
-  if dataset.source == "tfds":
-    source = Shards(
-      shards_folder(storage.join(dataset.root, dataset.tfds_dir), dataset.name),
-      mask_format=dataset.mask_format,
-    )
-    if dataset.unlabelled_dir:
-      ids["unlabelled"] = source.unlabelled_in(dataset.unlabelled_dir, listed)
-  else:
-    source = Layout(
-      root=dataset.root,
-      image_dir=dataset.image_dir,
-      mask_dir=dataset.mask_dir,
-      image_suffix=dataset.image_suffix,
-      mask_suffix=dataset.mask_suffix,
-    )
-    if dataset.unlabelled_dir:
-      source, ids["unlabelled"] = find_unlabelled(
-        source, dataset.unlabelled_dir, listed
-      )
-  if not dataset.unlabelled_dir:
-    ids["unlabelled"] = read_split(
-      storage.join(dataset.root, dataset.unlabelled_list)
-    )
-  return source, ids
-
-
 def load_data(config: ml_collections.ConfigDict, info: DatasetInfo) -> Data:
   """Reads the lists and checks that all files are there.
 
@@ -188,7 +54,7 @@ def load_data(config: ml_collections.ConfigDict, info: DatasetInfo) -> Data:
   Raises:
     DataError: a list or a file is missing or unfit.
   """
-  source, ids = read_lists(config)
+  source, ids = read_lists(config.dataset)
   check_splits(ids["labelled"], ids["unlabelled"], ids["validation"])
   source.check(ids["labelled"], masks=True)
   source.check(ids["validation"], masks=True)

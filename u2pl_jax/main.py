@@ -10,7 +10,7 @@ import os
 from absl import app, flags
 from absl import logging as absl_logging
 
-from u2pl_jax.command_line import CONFIG, fail, parse_flags
+from input_pipeline.command_line import CONFIG, fail, parse_flags
 
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run. Default: runs/<config.name>."

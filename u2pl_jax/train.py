@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from input_pipeline.dataset_config import load_info, prepare_dataset
 from input_pipeline.split_families import identify_split
 from u2pl_jax import metrics as metrics_lib
 from u2pl_jax import report, sharding, writers
@@ -36,10 +37,8 @@ from u2pl_jax.config_checks import ConfigError, check_config
 from u2pl_jax.data import (
   Data,
   load_data,
-  load_info,
   open_eval_stream,
   open_train_stream,
-  prepare_dataset,
 )
 from u2pl_jax.models.weight_files import WeightsError
 from u2pl_jax.train_state import TrainState, Variables
@@ -86,11 +85,11 @@ def train_and_evaluate(
     KeyboardInterrupt: with a line that says how to go on.
   """
   workdir = pathlib.Path(workdir)
-  info = load_info(config)
+  info = load_info(config.dataset)
   check_config(
     config, num_classes=info.num_classes, num_devices=jax.device_count()
   )
-  prepare_dataset(config)
+  prepare_dataset(config.dataset)
   data = load_data(config, info)
   writers.check_workdir(workdir, config)
   _enable_compilation_cache(workdir)

@@ -18,24 +18,29 @@ def fail(message: str, code: int = 1) -> NoReturn:
   sys.exit(code)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags, for app.run; what the user got wrong becomes one line."""
+def parse_flags(argv: list[str], *, code: int = 1) -> list[str]:
+  """Parses the flags, for app.run; what the user got wrong becomes one line.
+
+  Args:
+    argv: name of the program and its arguments.
+    code: status to exit with if they are wrong.
+  """
   try:
     arguments = flags.FLAGS(argv)
     # A file that is missing shows at the first look into the config.
     has_config = CONFIG.value is not None and "name" in CONFIG.value
   except flags.Error as error:
     # An error in get_config arrives as text that ends with its own line.
-    fail(str(error).strip().splitlines()[-1])
+    fail(str(error).strip().splitlines()[-1], code)
   except (AttributeError, KeyError, OSError) as error:
     frames = traceback.extract_tb(error.__traceback__)
     if "ml_collections" not in frames[-1].filename:
       raise  # An error in the experiment file itself.
     text = str(error).replace("\\n", " ").replace("\\", "").replace("'", "")
     text = " ".join(text.split()).split("Attempted ")[-1]
-    fail(f"--config: no such key or file: {text}")
+    fail(f"--config: no such key or file: {text}", code)
   if len(arguments) > 1:
-    fail(f"unexpected argument {arguments[1]!r}: flags begin with --")
+    fail(f"unexpected argument {arguments[1]!r}: flags begin with --", code)
   if not has_config:
-    fail("--config is missing: for example --config=configs/voc_1464.py")
+    fail("--config is missing: for example --config=configs/voc_1464.py", code)
   return arguments
