@@ -286,7 +286,8 @@ def test_clean_tree(tmp_path):
     "distinct": 1,
   }
   assert content["masks"] == {"grey": 5}
-  assert content["estimate"]["steps"] == 80  # 80 epochs of 3 // 2.
+  # 80 epochs of (3 + 4 - 1) // 2, see schedule.reference_devices.
+  assert content["estimate"]["steps"] == 240
   assert re.search(r"1 coin +25.00% +3 +25.00% +2\n", result.stdout)
 
 
@@ -559,3 +560,18 @@ def test_shards_are_read_like_files(tmp_path):
     "missing_image",
     "missing_mask",
   }
+
+
+@pytest.mark.parametrize(
+  ("name", "unlabelled"), [("voc_1464", 9118), ("camvid_46", 321)]
+)
+@pytest.mark.parametrize("arg", ["", "method=supervised"])
+def test_estimate_counts_the_steps_of_the_loop(name, unlabelled, arg):
+  from u2pl_jax.build import DataSpec, make_recipe
+
+  module = __import__(f"configs.{name}", fromlist=["get_config"])
+  config = module.get_config(arg)
+  recipe = make_recipe(config, DataSpec(21, (0,) * 3, (1,) * 3, unlabelled))
+  estimate = costs.estimate(config, num_classes=21, num_unlabelled=unlabelled)
+  assert estimate.steps == recipe.total_steps
+  assert estimate.warmup_steps == recipe.warmup_steps
