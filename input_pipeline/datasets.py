@@ -143,8 +143,8 @@ _VOC = DatasetInfo(
     "JPEGImages comes with PASCAL VOC 2012,"
     " http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ (VOCtrainval); the masks"
     " SegmentationClassAug are VOC's merged with SBD's, as distributed for"
-    " DeepLab (class indices, not colours); the lists are data/splits/pascal of"
-    " https://github.com/Haochen-Wang409/U2PL"
+    " DeepLab (class indices, not colours); scripts/prepare_data.py voc unpacks"
+    " both and installs the published lists"
   ),
   ignore_colour=voc_palette(256)[255],
 )
@@ -198,8 +198,8 @@ _CITYSCAPES = DatasetInfo(
     "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of"
     " https://www.cityscapes-dataset.com (registration needed); masks are read"
     " from _gtFine_labelTrainIds.png, or from _gtFine_labelIds.png with"
-    " dataset.mask_format='cityscapes_label_ids'; the lists are"
-    " data/splits/cityscapes of https://github.com/Haochen-Wang409/U2PL"
+    " dataset.mask_format='cityscapes_label_ids'; scripts/prepare_data.py"
+    " cityscapes unpacks both and installs the published lists"
   ),
 )
 
