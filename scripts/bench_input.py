@@ -38,11 +38,17 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import input_pipeline as ip
 from input_pipeline import decode
 
-_JSON = flags.DEFINE_string("json", "", "Also write the rates here.")
-_SECONDS = flags.DEFINE_float(
-  "seconds", 1.0, "Length of a turn.", lower_bound=0.1
+# Not among everybody's flags: whoever imports this may have a --json too.
+_FLAGS = flags.FlagValues()
+_JSON = flags.DEFINE_string(
+  "json", "", "Also write the rates here.", flag_values=_FLAGS
 )
-_TURNS = flags.DEFINE_integer("turns", 5, "Turns of each row.", lower_bound=1)
+_SECONDS = flags.DEFINE_float(
+  "seconds", 1.0, "Length of a turn.", lower_bound=0.1, flag_values=_FLAGS
+)
+_TURNS = flags.DEFINE_integer(
+  "turns", 5, "Turns of each row.", lower_bound=1, flag_values=_FLAGS
+)
 
 _MEAN = (123.675, 116.28, 103.53)
 _STD = (58.395, 57.12, 57.375)
@@ -292,7 +298,7 @@ def cpu_rate(load: Callable[[str], object], ids: list[str]) -> float:
 
 def serve(connection, argv, make, case, layout, ids):
   """Main of a measuring process: one turn for each message, until None."""
-  flags.FLAGS(argv)
+  _FLAGS(argv)
   cv2.setNumThreads(1)
   load = make(case, layout)
   connection.send(None)
@@ -465,6 +471,7 @@ def report(case: Case, best: dict[str, float]) -> str:
 
 
 def main(unused_argv):
+  _FLAGS.mark_as_parsed()
   progress = Progress(_TURNS.value * (len(_MEASURED) + 2) * len(CASES))
   record, tables = {}, []
   for case in CASES:
@@ -490,4 +497,5 @@ if __name__ == "__main__":
   # Before NumPy's and torch's libraries start theirs in the processes.
   for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[name] = "1"
+  flags.FLAGS.append_flag_values(_FLAGS)
   app.run(main)
