@@ -32,19 +32,17 @@ def row(split, options):
   """The config of one split.
 
   Args:
-    split: see `common.split_folder`.
+    split: see `common.apply_split`.
     options: the values of OPTIONS.
   """
   config = common.get_base_config()
-  folder = common.split_folder(split, SPLITS)
-  config.name = "camvid_" + split.replace("/", "_")
+  config.name = "camvid"
+  common.apply_split(config, split, SPLITS)
   config.seed = options.seed
   config.method = options.method
   config.dataset.name = "camvid"
   config.dataset.root = "data/camvid"
   config.dataset.mask_dir = "SegmentationClass"
-  config.dataset.labelled_list = f"splits/{folder}/labeled.txt"
-  config.dataset.unlabelled_list = f"splits/{folder}/unlabeled.txt"
   config.dataset.validation_list = "ImageSets/Segmentation/val.txt"
   config.batch.labelled = 8
   config.batch.unlabelled = 8

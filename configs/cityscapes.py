@@ -43,14 +43,6 @@ The data and the lists: scripts/prepare_data.py cityscapes, docs/datasets.md.
 
 from configs import common
 
-OPTIONS = {
-  "method": "u2pl",
-  "paper": False,
-  "released": False,
-  "photometric": False,
-  "backbone": "resnet101",
-  "seed": 2,
-}
 SPLITS = {name: f"u2pl/{name}" for name in ("186", "372", "744", "1488")} | {
   f"unimatch_{name}": f"unimatch/{name}"
   for name in ("1_30", "1_16", "1_8", "1_4", "1_2")
@@ -61,15 +53,12 @@ def row(split, options):
   """The config of one split.
 
   Args:
-    split: see `common.split_folder`.
-    options: the values of OPTIONS.
+    split: see `common.apply_split`.
+    options: the values of `common.PAPER_OPTIONS`.
   """
   config = common.get_base_config()
-  folder = common.split_folder(split, SPLITS)
-  config.name = "cityscapes_" + split.replace("/", "_")
-  config.seed = options.seed
-  config.method = options.method
-  config.model.backbone = options.backbone
+  config.name = "cityscapes"
+  common.apply_split(config, split, SPLITS)
   config.dataset.name = "cityscapes"
   config.dataset.root = "data/cityscapes"
   config.dataset.image_dir = "leftImg8bit"
@@ -77,15 +66,12 @@ def row(split, options):
   config.dataset.image_suffix = "_leftImg8bit.png"
   config.dataset.mask_suffix = "_gtFine_labelIds.png"
   config.dataset.mask_format = "cityscapes_label_ids"
-  config.dataset.labelled_list = f"splits/{folder}/labeled.txt"
-  config.dataset.unlabelled_list = f"splits/{folder}/unlabeled.txt"
   config.dataset.validation_list = "splits/u2pl/val.txt"
   config.input.crop_size = (769, 769)
   # PNG photographs decode three times as fast in processes of their own.
   config.input.num_workers = 4
   config.schedule.epochs = 200
   config.schedule.warmup_epochs = 20
-  config.schedule.reference_devices = 8
   config.optimizer.learning_rate = 0.01
   config.optimizer.head_multiplier = 1.0
   config.optimizer.weight_decay = 5e-4
@@ -98,21 +84,14 @@ def row(split, options):
   # All images have this size.
   config.eval.pad_to = (1024, 2048)
   config.eval.batch = 8
-  if common.is_released(options):
-    common.apply_released(config, num_gpus=8)
+  common.apply_paper_options(config, options, num_gpus=8)
+  if options.released:
     # The published config says 0; the paper and its author say 20.
     config.schedule.warmup_epochs = 0
-  if options.photometric:
-    config.name += "_photometric"
-    config.strong.photometric = 1.0
-  if options.method != "u2pl":
-    config.name += f"_{options.method}"
-  if options.backbone != "resnet101":
-    config.name += f"_{options.backbone}"
   return config
 
 
 def get_config(arg=None):
   """See `common.get_base_config` for the keys."""
-  options = common.parse_arg(arg, split="744", **OPTIONS)
+  options = common.parse_arg(arg, split="744", **common.PAPER_OPTIONS)
   return row(options.split, options)

@@ -21,4 +21,4 @@ from configs import cityscapes, common
 
 def get_config(arg=None):
   """See `common.get_base_config` for the keys."""
-  return cityscapes.row("744", common.parse_arg(arg, **cityscapes.OPTIONS))
+  return cityscapes.row("744", common.parse_arg(arg, **common.PAPER_OPTIONS))

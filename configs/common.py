@@ -249,21 +249,55 @@ def get_base_config() -> ml_collections.ConfigDict:
   return config
 
 
-def apply_released(config: ml_collections.ConfigDict, num_gpus: int) -> None:
-  """Turns a recipe of the paper into that of the published code.
+# Arguments of the published rows, with their defaults.
+PAPER_OPTIONS = {
+  "method": "u2pl",
+  "paper": False,
+  "released": False,
+  "photometric": False,
+  "backbone": "resnet101",
+  "seed": 2,
+}
+
+
+def apply_paper_options(
+  config: ml_collections.ConfigDict,
+  options: ml_collections.ConfigDict,
+  *,
+  num_gpus: int,
+) -> None:
+  """Turns the recipe of the paper into the row that was asked for.
 
   Args:
-    config: changed in place; its name too.
+    config: the recipe, its crop size set; changed in place, its name too.
+    options: the values of PAPER_OPTIONS.
     num_gpus: that the published run had.
+
+  Raises:
+    ValueError: both `paper` and `released`.
   """
-  config.name += "_released"
-  config.quirks = ",".join(RELEASED_QUIRKS)
-  config.eval.protocol = "center_crop"
-  config.eval.pad_to = config.input.crop_size
-  # The code says 1, of which DDP leaves one share in the gradient.
-  config.contrastive.weight = 1 / num_gpus
-  # Its keys are few (about 2 000 a step over all classes): a cap never bites.
-  config.memory_bank.max_keys_per_step = 8192
+  if options.paper and options.released:
+    raise ValueError("config arguments paper and released: choose one")
+  config.seed = options.seed
+  config.method = options.method
+  config.model.backbone = options.backbone
+  config.schedule.reference_devices = num_gpus
+  if options.released:
+    config.name += "_released"
+    config.quirks = ",".join(RELEASED_QUIRKS)
+    config.eval.protocol = "center_crop"
+    config.eval.pad_to = config.input.crop_size
+    # The code says 1, of which DDP leaves one share in the gradient.
+    config.contrastive.weight = 1 / num_gpus
+    # Its keys are few (about 2 000 a step over all classes): a cap never bites.
+    config.memory_bank.max_keys_per_step = 8192
+  if options.photometric:
+    config.name += "_photometric"
+    config.strong.photometric = 1.0
+  if options.method != "u2pl":
+    config.name += f"_{options.method}"
+  if options.backbone != "resnet101":
+    config.name += f"_{options.backbone}"
 
 
 def apply_cpu(config: ml_collections.ConfigDict) -> None:
@@ -293,36 +327,29 @@ def apply_cpu(config: ml_collections.ConfigDict) -> None:
   config.log.every_steps = 10
 
 
-def is_released(options: ml_collections.ConfigDict) -> bool:
-  """Whether the arguments ask for the published code instead of the paper.
-
-  Raises:
-    ValueError: they ask for both.
-  """
-  if options.paper and options.released:
-    raise ValueError("config arguments paper and released: choose one")
-  return options.released
-
-
-def split_folder(split: str, rows: Mapping[str, str]) -> str:
-  """The folder below splits/ that an argument `split=` means.
+def apply_split(
+  config: ml_collections.ConfigDict, split: str, rows: Mapping[str, str]
+) -> None:
+  """Sets the lists that an argument `split=` means, and the name after it.
 
   Args:
+    config: changed in place; its name too.
     split: a key of `rows`, or a folder below splits/ with a slash in it, such
       as 'own/100_seed0', which scripts/prepare_data.py makes.
-    rows: folders of the published rows.
+    rows: folders below splits/ of the published rows.
 
   Raises:
     ValueError: neither; lists the rows.
   """
-  if split in rows:
-    return rows[split]
-  if "/" not in split:
+  if split not in rows and "/" not in split:
     raise ValueError(
       f"config argument split={split!r} is unknown: choose from {list(rows)},"
       " or a folder below splits/ such as own/100_seed0"
     )
-  return split
+  folder = rows.get(split, split)
+  config.name += "_" + split.replace("/", "_")
+  config.dataset.labelled_list = f"splits/{folder}/labeled.txt"
+  config.dataset.unlabelled_list = f"splits/{folder}/unlabeled.txt"
 
 
 def parse_arg(arg: str | None, **defaults) -> ml_collections.ConfigDict:

@@ -47,14 +47,6 @@ The data and the lists: scripts/prepare_data.py voc, docs/datasets.md.
 
 from configs import common
 
-OPTIONS = {
-  "method": "u2pl",
-  "paper": False,
-  "released": False,
-  "photometric": False,
-  "backbone": "resnet101",
-  "seed": 2,
-}
 _U2PL = ("92", "183", "366", "732", "1464", "662", "1323", "2646", "5291")
 _CPS = ("1_16", "1_8", "1_4")
 SPLITS = {name: f"u2pl/{name}" for name in _U2PL} | {
@@ -66,32 +58,18 @@ def row(split, options):
   """The config of one split.
 
   Args:
-    split: see `common.split_folder`.
-    options: the values of OPTIONS.
+    split: see `common.apply_split`.
+    options: the values of `common.PAPER_OPTIONS`.
   """
   config = common.get_base_config()
-  folder = common.split_folder(split, SPLITS)
-  config.name = "voc_" + split.replace("/", "_")
-  config.seed = options.seed
-  config.method = options.method
-  config.model.backbone = options.backbone
-  config.dataset.labelled_list = f"splits/{folder}/labeled.txt"
-  config.dataset.unlabelled_list = f"splits/{folder}/unlabeled.txt"
+  config.name = "voc"
+  common.apply_split(config, split, SPLITS)
   config.dataset.validation_list = "splits/u2pl/val.txt"
-  config.schedule.reference_devices = 4
-  if common.is_released(options):
-    common.apply_released(config, num_gpus=4)
-  if options.photometric:
-    config.name += "_photometric"
-    config.strong.photometric = 1.0
-  if options.method != "u2pl":
-    config.name += f"_{options.method}"
-  if options.backbone != "resnet101":
-    config.name += f"_{options.backbone}"
+  common.apply_paper_options(config, options, num_gpus=4)
   return config
 
 
 def get_config(arg=None):
   """See `common.get_base_config` for the keys."""
-  options = common.parse_arg(arg, split="1464", **OPTIONS)
+  options = common.parse_arg(arg, split="1464", **common.PAPER_OPTIONS)
   return row(options.split, options)

@@ -23,4 +23,4 @@ from configs import common, voc
 
 def get_config(arg=None):
   """See `common.get_base_config` for the keys."""
-  return voc.row("1464", common.parse_arg(arg, **voc.OPTIONS))
+  return voc.row("1464", common.parse_arg(arg, **common.PAPER_OPTIONS))

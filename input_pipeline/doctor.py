@@ -14,14 +14,13 @@ import collections
 import functools
 import itertools
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 
 from absl import app, flags
 from absl import logging as absl_logging
 
-from input_pipeline import command_line, costs, errors
+from input_pipeline import command_line, costs, errors, storage
 from input_pipeline.examination import (
   LABELLED,
   PARTS,
@@ -224,18 +223,10 @@ def _counting(
 
 
 def _write_json(path: str, content: dict) -> None:
-  """Writes the file whole or not at all."""
-  temporary = f"{path}.{os.getpid()}.tmp"
+  text = json.dumps(content, indent=2) + "\n"
   try:
-    with open(temporary, "w", encoding="utf-8") as file:
-      json.dump(content, file, indent=2)
-      file.write("\n")
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
+    storage.write_whole(path, text.encode())
   except OSError as error:
-    if os.path.exists(temporary):
-      os.unlink(temporary)
     raise errors.DataError(
       f"{path}: cannot write the report: {error.strerror}; choose another"
       " file for --json"

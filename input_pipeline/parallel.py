@@ -1,4 +1,4 @@
-"""The same work on many files, in threads, with a progress bar."""
+"""Long work on many files: a progress bar, and threads."""
 
 import concurrent.futures
 import os
@@ -9,8 +9,32 @@ from typing import TypeVar
 import cv2
 import tqdm
 
+# Before the first sign of life, and between lines of a log file.
+_SILENT_SECONDS = 0.5
+_LOG_SECONDS = 30
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+
+
+def progress(
+  total: int, description: str, unit: str, *, scale: bool = False
+) -> tqdm.tqdm:
+  """A bar with ETA on stderr; `update(n)` moves it, `close()` ends it.
+
+  Args:
+    total: units of work.
+    description, unit: such as 'reading' and 'image'.
+    scale: write thousands as k, M, G.
+  """
+  return tqdm.tqdm(
+    total=total,
+    desc=description,
+    unit=unit,
+    unit_scale=scale,
+    delay=_SILENT_SECONDS,
+    mininterval=0.2 if sys.stderr.isatty() else _LOG_SECONDS,
+  )
 
 
 def map_in_threads(
@@ -34,15 +58,11 @@ def map_in_threads(
   # More than cores: some of them wait for the disk, or for a bucket.
   executor = concurrent.futures.ThreadPoolExecutor(2 * (os.cpu_count() or 1))
   try:
-    return list(
-      tqdm.tqdm(
-        executor.map(function, items),
-        total=len(items),
-        desc=description,
-        unit=unit,
-        # Lines of a log file are few.
-        mininterval=0.2 if sys.stderr.isatty() else 30,
-      )
-    )
+    with progress(len(items), description, unit) as bar:
+      results = []
+      for result in executor.map(function, items):
+        results.append(result)
+        bar.update()
+      return results
   finally:
     executor.shutdown(cancel_futures=True)

@@ -6,6 +6,7 @@ etils, which is loaded for such a path alone.
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -53,6 +54,31 @@ def open_file(path: Path) -> BinaryIO:
   if not is_remote(path):
     return open(path, "rb")
   return _remote(path, lambda remote: remote.open("rb"))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+  """Writes a local file, whole or not at all, also if the power goes.
+
+  Raises:
+    OSError: it cannot be written; what was there is untouched.
+  """
+  folder, name = os.path.split(os.path.abspath(path))
+  handle, temporary = tempfile.mkstemp(
+    prefix=f".{name}.", suffix=".part", dir=folder
+  )
+  try:
+    with os.fdopen(handle, "wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    # mkstemp keeps the file to its owner.
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(temporary, 0o666 & ~mask)
+    os.replace(temporary, path)
+  except BaseException:
+    os.unlink(temporary)
+    raise
 
 
 def is_file(path: Path) -> bool:

@@ -58,14 +58,15 @@ class _EncodedFiles(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager) -> dict[str, Iterator]:
     del dl_manager  # Nothing is downloaded.
     return {
-      shards.IMAGES: self._records(shards.IMAGES, self._source.read_image),
-      shards.MASKS: self._records(shards.MASKS, self._source.read_mask),
+      shards.IMAGES: self._generate_examples(
+        shards.IMAGES, self._source.read_image
+      ),
+      shards.MASKS: self._generate_examples(
+        shards.MASKS, self._source.read_mask
+      ),
     }
 
-  def _generate_examples(self):
-    raise NotImplementedError("see _split_generators")
-
-  def _records(
+  def _generate_examples(
     self, split: str, read: Callable[[str], bytes]
   ) -> Iterator[tuple[int, dict]]:
     ids = self._index[split]

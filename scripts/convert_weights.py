@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 # Nothing here computes.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from u2pl_jax.models import torch_weights, weight_files  # noqa: E402
-from u2pl_jax.models.weight_files import WeightsError  # noqa: E402
+from u2pl_jax.models import torch_weights, weight_files
+from u2pl_jax.models.weight_files import WeightsError
 
 
 def convert(

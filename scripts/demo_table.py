@@ -11,8 +11,8 @@ from collections.abc import Sequence
 # Run as a file, Python looks in scripts/ only.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from u2pl_jax import report  # noqa: E402
-from u2pl_jax.run_log import Run, RunError, read_run  # noqa: E402
+from u2pl_jax import report
+from u2pl_jax.run_log import Run, RunError, read_run
 
 
 def format_table(runs: Sequence[Run]) -> str:

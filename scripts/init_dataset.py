@@ -33,9 +33,9 @@ from collections.abc import Mapping, Sequence
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from input_pipeline import (  # noqa: E402
+from input_pipeline import (
   DataError,
   decode,
   errors,
@@ -856,15 +856,7 @@ def _write(
         )
     output.mkdir(parents=True, exist_ok=True)
     for name, text in contents.items():
-      temporary = output / f".{name}.{os.getpid()}.tmp"
-      try:
-        with open(temporary, "w", encoding="utf-8") as file:
-          file.write(text)
-          file.flush()
-          os.fsync(file.fileno())
-        os.replace(temporary, output / name)
-      finally:
-        temporary.unlink(missing_ok=True)
+      storage.write_whole(output / name, text.encode())
   except OSError as error:
     raise DataError(
       f"{error.filename}: cannot be written: {error.strerror}"

@@ -16,12 +16,11 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
 
-from configs import common  # noqa: E402
-from u2pl_jax import build as build_lib  # noqa: E402
-from u2pl_jax.train_state import TrainState, Variables  # noqa: E402
+from configs import common
+from u2pl_jax import build as build_lib
 
 _CROPS = (129, 193)
 # Dilated filters that reach over the border count for less in small crops.
@@ -60,20 +59,7 @@ def lower(backbone: str, stride: int, remat: bool, crop: int):
     config, build_lib.DataSpec(21, (0.0,) * 3, (1.0,) * 3, 1000)
   )
 
-  def initial_state():
-    variables = program.model.init(
-      jax.random.key(0), jnp.zeros((1, 65, 65, 3)), train=False
-    )
-    network = Variables(variables["params"], variables["batch_stats"])
-    return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      student=network,
-      teacher=network,
-      opt_state=program.tx.init(network.params),
-      memory_bank=build_lib.make_memory_bank(config, 21),
-    )
-
-  state = jax.eval_shape(initial_state)
+  state = build_lib.abstract_state(config, program)
   shape = (_IMAGES, crop, crop)
   batch = {
     "image": jax.ShapeDtypeStruct((*shape, 3), jnp.uint8),

@@ -28,6 +28,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import http.client
 import os
@@ -44,13 +45,19 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from input_pipeline import DataError, dataset_info, read_split  # noqa: E402
-from input_pipeline.new_splits import draw_split  # noqa: E402
+from input_pipeline import (
+  DataError,
+  decode,
+  parallel,
+  read_split,
+  storage,
+)
+from input_pipeline.datasets import DATASETS, MaskFormat
+from input_pipeline.new_splits import draw_split
 
 MANIFEST = pathlib.Path(__file__).with_name("published_splits.sha256")
 BASE_URL = "https://raw.githubusercontent.com"
@@ -69,12 +76,6 @@ ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
 _FILES_AT_ONCE = 32
 
-# Cityscapes' ids of the 19 classes that are evaluated, in the order of the
-# train ids.
-_CITYSCAPES_LABEL_IDS = (
-  *(7, 8, 11, 12, 13, 17, 19, 20, 21, 22),
-  *(23, 24, 25, 26, 27, 28, 31, 32, 33),
-)
 _IGNORE = 255
 
 
@@ -105,26 +106,25 @@ class DataSet:
     name: of the data set.
     root: where the configs look for it.
     image: path of an image below the root, `{id}` in place of the id.
-    masks: likewise of its mask, any of several kinds.
+    masks: likewise of its mask, and how it is coded (`MaskFormat.kind`); any of
+      several kinds.
     ids: lists, relative to the root, that make up the training images.
     config: whose arguments are printed.
     lists: its folder in the repositories of the lists, '' for none.
     num_training, num_validation: images of the published data set.
     archives: of images and of masks.
-    label_ids: value of every class in the first kind of masks; () for 0, 1, ...
   """
 
   name: str
   root: str
   image: str
-  masks: tuple[str, ...]
+  masks: tuple[tuple[str, str], ...]
   ids: tuple[str, ...]
   config: str
   lists: str = ""
   num_training: int = 0
   num_validation: int = 0
   archives: tuple[Archive, ...] = ()
-  label_ids: tuple[int, ...] = ()
 
 
 _PUBLISHED_IDS = (
@@ -139,7 +139,7 @@ DATA_SETS = {
     name="voc",
     root="data/VOC2012",
     image="JPEGImages/{id}.jpg",
-    masks=("SegmentationClassAug/{id}.png",),
+    masks=(("SegmentationClassAug/{id}.png", "index"),),
     ids=tuple(path.format(n=1464) for path in _PUBLISHED_IDS),
     config="configs/voc.py",
     lists="pascal",
@@ -167,8 +167,8 @@ DATA_SETS = {
     root="data/cityscapes",
     image="leftImg8bit/{id}_leftImg8bit.png",
     masks=(
-      "gtFine/{id}_gtFine_labelIds.png",
-      "gtFine/{id}_gtFine_labelTrainIds.png",
+      ("gtFine/{id}_gtFine_labelIds.png", "cityscapes_label_ids"),
+      ("gtFine/{id}_gtFine_labelTrainIds.png", "index"),
     ),
     ids=tuple(path.format(n=744) for path in _PUBLISHED_IDS),
     config="configs/cityscapes.py",
@@ -193,13 +193,12 @@ DATA_SETS = {
         source=_CITYSCAPES_URL,
       ),
     ),
-    label_ids=_CITYSCAPES_LABEL_IDS,
   ),
   "camvid": DataSet(
     name="camvid",
     root="data/camvid",
     image="JPEGImages/{id}.jpg",
-    masks=("SegmentationClass/{id}.png",),
+    masks=(("SegmentationClass/{id}.png", "index"),),
     ids=("ImageSets/Segmentation/train.txt",),
     config="configs/camvid.py",
   ),
@@ -207,7 +206,7 @@ DATA_SETS = {
     name="folder",
     root="data/own",
     image="",
-    masks=("masks/{id}.png",),
+    masks=(("masks/{id}.png", "index"),),
     ids=(),
     config="configs/folder.py",
   ),
@@ -217,41 +216,10 @@ DATA_SETS = {
 # -- Writing and waiting -------------------------------------------------------
 
 
-class Progress:
-  """A line that says how far it is and how long it will take."""
-
-  def __init__(self, what: str):
-    self._what = what
-    self._begin = self._shown = time.monotonic()
-    self._is_terminal = sys.stdout.isatty()
-
-  def show(self, share: float, detail: str) -> None:
-    """`share` of the work is done; says so every half or ten seconds."""
-    now = time.monotonic()
-    if now - self._shown < (0.5 if self._is_terminal else 10):
-      return
-    self._shown = now
-    left = (now - self._begin) * (1 - share) / max(share, 1e-6)
-    minutes, seconds = divmod(round(left), 60)
-    line = f"{self._what}: {share:.0%}, {detail}, {minutes}:{seconds:02} left"
-    print(f"\r{line:<79}" if self._is_terminal else line, end="", flush=True)
-    if not self._is_terminal:
-      print(flush=True)
-
-  def end(self, detail: str) -> None:
-    line = f"{self._what}: {detail}"
-    print(f"\r{line:<79}" if self._is_terminal else line, flush=True)
-
-
 def write_whole(path: pathlib.Path, data: bytes) -> None:
-  """Puts a file in its place, whole or not at all."""
+  """Puts a file in its place, whole or not at all; makes the folder."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(path.name + ".part")
-  with part.open("wb") as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(part, path)
+  storage.write_whole(path, data)
 
 
 @contextlib.contextmanager
@@ -307,20 +275,22 @@ def install_lists(
     for family in families
     for path, digest in manifest(dataset.lists, family).items()
   ]
-  progress, new = Progress("lists"), 0
-  for number, (family, path, digest) in enumerate(wanted, start=1):
+  new = 0
+  bar = parallel.progress(len(wanted), "lists", "list")
+  for family, path, digest in wanted:
     target = root / "splits" / family / path
     if not target.is_file():
       write_whole(target, read(family, f"{dataset.lists}/{path}", digest))
       new += 1
-      progress.show(number / len(wanted), f"{family}/{path}")
     elif hashlib.sha256(target.read_bytes()).hexdigest() != digest:
       raise DataError(
         f"{target}: is not the published list (SHA-256 {digest[:12]}...): if it"
         " is yours, move it to another folder below splits/; else remove it,"
         " and run this again"
       )
-  progress.end(
+    bar.update()
+  bar.close()
+  print(
     f"{len(wanted)} published lists in {root / 'splits'}, {new} of them new"
   )
 
@@ -401,22 +371,20 @@ def read_from(
 
 def _members(
   path: pathlib.Path,
-) -> Iterator[tuple[float, str, int, Callable]]:
-  """(share of the archive, name, bytes, opener) of every file in it."""
+) -> Iterator[tuple[int, str, int, Callable]]:
+  """(position in the archive, name, bytes, opener) of every file in it."""
   if zipfile.is_zipfile(path):
     with zipfile.ZipFile(path) as archive:
-      infos = [info for info in archive.infolist() if not info.is_dir()]
-      for number, info in enumerate(infos):
-        open_member = lambda info=info: archive.open(info)  # noqa: E731
-        share = number / len(infos)
-        yield share, info.filename, info.file_size, open_member
+      for info in archive.infolist():
+        if not info.is_dir():
+          opener = functools.partial(archive.open, info)
+          yield info.header_offset, info.filename, info.file_size, opener
   else:
-    total = path.stat().st_size
     with tarfile.open(path) as archive:
       for info in archive:
         if info.isfile():
-          open_member = lambda info=info: archive.extractfile(info)  # noqa: E731
-          yield info.offset / total, info.name, info.size, open_member
+          opener = functools.partial(archive.extractfile, info)
+          yield info.offset, info.name, info.size, opener
       # Of a header that is cut off, tarfile says nothing.
       archive.fileobj.seek(archive.offset)
       if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -432,11 +400,13 @@ def unpack(archive: Archive, path: pathlib.Path, root: pathlib.Path) -> None:
   Raises:
     DataError: the archive is broken or another one.
   """
-  progress, writer = Progress(f"unpacking {path.name}"), _Writer()
+  writer = _Writer()
   pattern = re.compile(archive.member)
   matches = new = 0
+  bar = parallel.progress(path.stat().st_size, path.name, "B", scale=True)
   try:
-    for share, name, size, open_member in _members(path):
+    for position, name, size, open_member in _members(path):
+      bar.update(position - bar.n)
       match = pattern.fullmatch(name)
       if match is None:
         continue
@@ -445,7 +415,6 @@ def unpack(archive: Archive, path: pathlib.Path, root: pathlib.Path) -> None:
       if not (target.is_file() and target.stat().st_size == size):
         writer.write(open_member, size, target)
         new += 1
-      progress.show(share, f"{matches} files")
     writer.settle()
   except (
     tarfile.TarError,
@@ -459,12 +428,14 @@ def unpack(archive: Archive, path: pathlib.Path, root: pathlib.Path) -> None:
       f"{path}: broken after {matches} files ({reason}): the download is not"
       f" whole; download it again from {archive.source}"
     ) from None
+  finally:
+    bar.close()
   if not matches:
     raise DataError(
       f"{path}: holds no file like {archive.member}; {archive.name} is wanted,"
       f" from {archive.source}"
     )
-  progress.end(f"{matches} files, {new} of them new")
+  print(f"{path.name}: {matches} files, {new} of them new")
 
 
 class _Writer:
@@ -571,7 +542,7 @@ def check(dataset: DataSet, root: pathlib.Path) -> None:
   expected = (dataset.num_training, dataset.num_validation)
   assert tuple(len(ids) for ids in parts.values()) == expected
   everything = [id for ids in parts.values() for id in ids]
-  mask = _best_mask(dataset, folders, everything)
+  mask, _ = best = _best_mask(dataset, folders, everything)
   problems = []
   kinds = (("images", dataset.image), ("masks", mask))
   for archive, (kind, template) in zip(dataset.archives, kinds, strict=True):
@@ -585,7 +556,7 @@ def check(dataset: DataSet, root: pathlib.Path) -> None:
           f" empty, for example {', '.join(missing[:3])}{more}: give --archives"
           f" a folder with {archive.name}, from {archive.source}"
         )
-  if mask != dataset.masks[0]:
+  if best != dataset.masks[0]:
     suffix = mask.split("{id}")[1]
     print(
       f"masks are of train ids: run with --config.dataset.mask_suffix={suffix}"
@@ -601,11 +572,13 @@ def check(dataset: DataSet, root: pathlib.Path) -> None:
   raise DataError(problems[0])
 
 
-def _best_mask(dataset: DataSet, folders: _Folders, ids: Sequence[str]) -> str:
+def _best_mask(
+  dataset: DataSet, folders: _Folders, ids: Sequence[str]
+) -> tuple[str, str]:
   """The kind of masks of which the fewest are missing, the first of equals."""
   return min(
     dataset.masks,
-    key=lambda mask: len(folders.missing(mask.format(id=id) for id in ids)),
+    key=lambda mask: len(folders.missing(mask[0].format(id=id) for id in ids)),
   )
 
 
@@ -629,67 +602,27 @@ def _usable_splits(
 # -- New splits ----------------------------------------------------------------
 
 
-def _classes_in(
-  path: pathlib.Path, label_ids: tuple[int, ...], num_classes: int | None
-) -> frozenset[int]:
-  """Class ids in an index mask.
-
-  Args:
-    path: of the mask.
-    label_ids: value of every class, all others belonging to none; () for 0, 1,
-      ... and 255 for none.
-    num_classes: of which an index must be; None for any.
-  """
-  try:
-    with Image.open(path) as image:
-      if image.mode not in ("P", "L"):
-        raise DataError(
-          f"{path}: is a mask of mode {image.mode}; needs one class number a"
-          " pixel, 8 bits"
-        )
-      values = np.flatnonzero(np.bincount(np.asarray(image).ravel()))
-  except FileNotFoundError:
-    raise DataError(
-      f"{path}: there is no such mask; a list to draw from must only have"
-      " images with masks (--ids)"
-    ) from None
-  except (OSError, UnidentifiedImageError, SyntaxError) as error:
-    raise DataError(f"{path}: cannot be read ({error})") from None
-  if label_ids:
-    return frozenset(k for k, id in enumerate(label_ids) if id in values)
-  found = frozenset(int(value) for value in values) - {_IGNORE}
-  if num_classes is not None and found and max(found) >= num_classes:
-    raise DataError(
-      f"{path}: holds the value {max(found)}; the classes are 0 to"
-      f" {num_classes - 1}, and {_IGNORE} is none"
-    )
-  return found
-
-
 def _classes_of(
   dataset: DataSet, root: pathlib.Path, ids: tuple[str, ...]
 ) -> dict[str, frozenset[int]]:
   """Class ids in the mask of every image."""
-  template = _best_mask(dataset, _Folders(root), ids)
-  num_classes = len(dataset.label_ids) or None
-  label_ids = dataset.label_ids if template == dataset.masks[0] else ()
-  if dataset.name in ("voc", "camvid"):
-    num_classes = dataset_info(dataset.name).num_classes
+  template, kind = _best_mask(dataset, _Folders(root), ids)
+  info = DATASETS.get(dataset.name)
 
-  def look(id: str) -> tuple[str, frozenset[int]]:
-    path = root / template.format(id=id)
-    return id, _classes_in(path, label_ids, num_classes)
+  def look(id: str) -> frozenset[int]:
+    labels = decode.decode_mask(
+      root / template.format(id=id),
+      # Your own classes may be as many as there are bytes.
+      num_classes=info.num_classes if info else _IGNORE,
+      ignore_label=_IGNORE,
+      mask_format=MaskFormat(kind),
+    )
+    return frozenset(np.unique(labels).tolist()) - {_IGNORE}
 
-  progress, classes = Progress("reading masks"), {}
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    try:
-      for id, found in pool.map(look, ids):
-        classes[id] = found
-        progress.show(len(classes) / len(ids), f"{len(classes)} masks")
-    finally:
-      pool.shutdown(cancel_futures=True)
-  progress.end(f"{len(ids)} masks")
-  absent = set(range(num_classes or 0)) - set().union(*classes.values())
+  found = parallel.map_in_threads(look, ids, "reading masks", "mask")
+  classes = dict(zip(ids, found, strict=True))
+  num_classes = info.num_classes if info else 0
+  absent = set(range(num_classes)) - set().union(*classes.values())
   if absent:
     raise DataError(
       f"class {min(absent)} is in none of the {len(ids)} masks, so that no list"
@@ -818,9 +751,7 @@ def prepare(arguments: argparse.Namespace) -> None:
       raise DataError(
         f"--masks={arguments.masks}: needs {{id}} in place of the id"
       )
-    dataset = dataclasses.replace(
-      dataset, masks=(arguments.masks,), label_ids=()
-    )
+    dataset = dataclasses.replace(dataset, masks=((arguments.masks, "index"),))
   if arguments.num_labelled is None:
     if not dataset.lists:
       raise DataError(

@@ -17,7 +17,6 @@ import logging
 import os
 import pathlib
 import sys
-import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,18 +24,19 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import app, flags  # noqa: E402
-from absl import logging as absl_logging  # noqa: E402
+from absl import app, flags
+from absl import logging as absl_logging
 
-from input_pipeline import (  # noqa: E402
+from input_pipeline import (
   ConfigError,
   DataError,
   dataset_config,
   find_unlabelled,
+  parallel,
   storage,
   tfds_builders,
 )
-from input_pipeline.command_line import (  # noqa: E402
+from input_pipeline.command_line import (
   CONFIG,
   fail,
   parse_flags,
@@ -48,25 +48,18 @@ _OUTPUT = flags.DEFINE_string(
 
 
 class _Progress:
-  """One line for each split, rewritten every second on a terminal."""
+  """One bar for each split."""
 
   def __init__(self):
-    self._split = None
-    self._start = self._shown = 0.0
+    self._bars = {}
 
   def __call__(self, split: str, done: int, total: int) -> None:
-    now = time.monotonic()
-    if split != self._split:
-      self._split, self._start, self._shown = split, now, 0.0
-    # Lines of a log file are few.
-    pause = 1 if sys.stderr.isatty() else 30
-    if done < total and now - self._shown < pause:
-      return
-    self._shown = now
-    left = (now - self._start) / done * (total - done) if done else 0
-    text = f"{split} {done}/{total}  ETA {left // 60:.0f}:{left % 60:02.0f}"
-    end = "\r" if sys.stderr.isatty() and done < total else "\n"
-    print(text, end=end, file=sys.stderr, flush=True)
+    if split not in self._bars:
+      self._bars[split] = parallel.progress(total, split, "record")
+    bar = self._bars[split]
+    bar.update(done - bar.n)
+    if done == total:
+      bar.close()
 
 
 def write(config, output: str | None) -> str:

@@ -26,7 +26,6 @@ from u2pl_jax.config_checks import (
   check_config,
   contrastive_ranks,
 )
-from u2pl_jax.train_state import TrainState, Variables
 from u2pl_jax.train_step import QUIRKS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -123,25 +122,11 @@ def step_shapes(text, num_classes):
   config.unlock()
   config.update(json.loads(text))
   data = build_lib.DataSpec(num_classes, (0.0,) * 3, (1.0,) * 3, 9118)
-  model = build_lib.make_model(config, num_classes)
-  recipe = build_lib.make_recipe(config, data)
-  tx = build_lib.build(config, data).tx
+  program = build_lib.build(config, data)
   supervised, semi = build_lib.step_functions(
-    config, model=model, tx=tx, recipe=recipe
+    config, model=program.model, tx=program.tx, recipe=program.recipe
   )
-
-  def initial_state():
-    variables = model.init(
-      jax.random.key(0), jnp.zeros((1, 65, 65, 3)), train=False
-    )
-    half = Variables(variables["params"], variables["batch_stats"])
-    return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      student=half,
-      teacher=half,
-      opt_state=tx.init(half.params),
-      memory_bank=build_lib.make_memory_bank(config, num_classes),
-    )
+  state = build_lib.abstract_state(config, program)
 
   def batch(size):
     shape = (size, *config.input.crop_size)
@@ -151,7 +136,6 @@ def step_shapes(text, num_classes):
       "valid_box": jax.ShapeDtypeStruct((size, 4), jnp.int32),
     }
 
-  state = jax.eval_shape(initial_state)
   batch_l = batch(config.batch.labelled)
   batch_u = batch(config.batch.unlabelled)
   del batch_u["label"]

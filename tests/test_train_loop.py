@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from configs import testing
@@ -617,7 +618,6 @@ def test_missing_pretrained_weights(root, tmp_path):
 
 def test_starts_from_published_weights(root, tmp_path, caplog):
   """Student and teacher of step 0 have the encoder of a .pth; the log says."""
-  torch = pytest.importorskip("torch")
   spec = DataSpec(NUM_CLASSES, (120.0,) * 3, (60.0,) * 3, num_unlabelled=8)
   state = build(make_config(root, seed=1), spec).create_state()
   weights = torch_weights.to_state_dict(

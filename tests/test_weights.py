@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from scripts import convert_weights
+from tests.torch_network import random_network
 from u2pl_jax.models import torch_weights
 from u2pl_jax.models.deeplab import DeepLab
 from u2pl_jax.models.pretrained import (
@@ -22,10 +24,6 @@ from u2pl_jax.models.pretrained import (
   read_pretrained,
 )
 from u2pl_jax.models.weight_files import WeightsError, read_weights
-
-torch = pytest.importorskip("torch")
-
-from tests.torch_network import random_network  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

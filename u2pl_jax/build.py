@@ -31,7 +31,7 @@ from u2pl_jax.models.pretrained import (
 )
 from u2pl_jax.optimizer import Schedule, poly_schedule, sgd
 from u2pl_jax.photometric import PhotometricSettings
-from u2pl_jax.train_state import TrainState, create_train_state
+from u2pl_jax.train_state import TrainState, Variables, create_train_state
 from u2pl_jax.train_step import (
   LabelledBatch,
   Recipe,
@@ -342,4 +342,33 @@ def build(
       out_shardings=repl,
     ),
     create_state=create_state,
+  )
+
+
+def abstract_state(
+  config: ml_collections.ConfigDict, program: Program
+) -> TrainState:
+  """Shapes, types and shardings of the state; computes and reads nothing."""
+
+  def create() -> TrainState:
+    # Not program.create_state: it compiles, and reads config.model.pretrained,
+    # which a run that goes on needs no more.
+    variables = program.model.init(
+      jax.random.key(0), jnp.zeros((1, 65, 65, 3)), train=False
+    )
+    network = Variables(variables["params"], variables["batch_stats"])
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      student=network,
+      teacher=network,
+      opt_state=program.tx.init(network.params),
+      memory_bank=make_memory_bank(config, program.recipe.num_classes),
+    )
+
+  replicated = sharding.replicated(program.mesh)
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=replicated
+    ),
+    jax.eval_shape(create),
   )

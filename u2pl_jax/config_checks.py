@@ -204,9 +204,8 @@ def check_config(
     f"config.contrastive.low_rank={low_rank}: must be below the {num_classes}"
     " classes, or no unlabelled pixel is ever a negative",
   )
-  # The published Cityscapes config says 20 with 19 classes, which means 19.
   _require(
-    high_rank <= num_classes + 1,
+    high_rank <= num_classes,
     f"config.contrastive.high_rank={high_rank}: there are only {num_classes}"
     f" classes: set it to {num_classes} or less",
   )

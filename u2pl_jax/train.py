@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -28,9 +27,9 @@ from u2pl_jax import report, sharding, writers
 from u2pl_jax.build import (
   DataSpec,
   Program,
+  abstract_state,
   base_learning_rate,
   build,
-  make_memory_bank,
 )
 from u2pl_jax.checkpoint import Checkpoints, Meta
 from u2pl_jax.config_checks import ConfigError, check_config
@@ -103,8 +102,8 @@ def train_and_evaluate(
       num_unlabelled=len(data.unlabelled),
     ),
   )
-  abstract_state = _abstract_state(config, program)
-  _log_head(config, workdir, program, data, abstract_state)
+  abstract = abstract_state(config, program)
+  _log_head(config, workdir, program, data, abstract)
   config_digest = writers.config_digest(config)
   lists = writers.digest([data.labelled, data.unlabelled, data.validation])
 
@@ -117,7 +116,7 @@ def train_and_evaluate(
     # 2. without any checkpoint, step 0: weights from config.model.pretrained
     #    if it is set, random ones otherwise.
     restored = checkpoints.restore_latest(
-      abstract_state, config=config_digest, lists=lists
+      abstract, config=config_digest, lists=lists
     )
     if restored is None:
       state = _create_state(config, program)
@@ -557,46 +556,16 @@ def _enable_compilation_cache(workdir: pathlib.Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(path))
 
 
-def _abstract_state(
-  config: ml_collections.ConfigDict, program: Program
-) -> TrainState:
-  """Shapes, types and shardings of the state; computes and reads nothing."""
-
-  def create() -> TrainState:
-    # Not program.create_state: it compiles, and reads config.model.pretrained,
-    # which a run that goes on needs no more.
-    variables = program.model.init(
-      jax.random.key(0), jnp.zeros((1, 65, 65, 3)), train=False
-    )
-    network = Variables(variables["params"], variables["batch_stats"])
-    return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      student=network,
-      teacher=network,
-      opt_state=program.tx.init(network.params),
-      memory_bank=make_memory_bank(config, program.recipe.num_classes),
-    )
-
-  replicated = sharding.replicated(program.mesh)
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=replicated
-    ),
-    jax.eval_shape(create),
-  )
-
-
 def _log_head(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   program: Program,
   data: Data,
-  abstract_state: TrainState,
+  abstract: TrainState,
 ) -> None:
   recipe, devices = program.recipe, program.mesh.devices.ravel()
   num_parameters = sum(
-    math.prod(leaf.shape)
-    for leaf in jax.tree.leaves(abstract_state.student.params)
+    math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.student.params)
   )
   logger.info("config:\n%s", str(config).rstrip())
   logger.info("%s, method %s, workdir %s", config.name, config.method, workdir)

@@ -21,6 +21,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from input_pipeline import storage
 from u2pl_jax.config_checks import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def write_config(
 ) -> None:
   """Writes config.json, whole or not at all."""
   text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-  _replace_file(workdir / CONFIG_FILE, text)
+  storage.write_whole(workdir / CONFIG_FILE, text.encode())
 
 
 class MetricsWriter:
@@ -217,16 +218,7 @@ def _drop_lines_after(path: pathlib.Path, last_step: int) -> None:
     if step is not None and step <= last_step:
       kept.append(line)
   if len(kept) < len(lines):
-    _replace_file(path, "".join(kept))
-
-
-def _replace_file(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+    storage.write_whole(path, "".join(kept).encode())
 
 
 def _tensorboard_writer(workdir: pathlib.Path):
