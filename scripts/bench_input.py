@@ -30,13 +30,14 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
+import tqdm
 from absl import app, flags
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import input_pipeline as ip
-from input_pipeline import decode
+from input_pipeline import decode, parallel
 
 # Not among everybody's flags: whoever imports this may have a --json too.
 _FLAGS = flags.FlagValues()
@@ -375,10 +376,10 @@ class Workers:
     self._stream.close()
 
 
-def measure(case: Case, progress: "Progress") -> dict[str, float]:
+def measure(case: Case, bar: tqdm.tqdm) -> dict[str, float]:
   """Best rates of a case in images a second, by row."""
   with tempfile.TemporaryDirectory() as folder:
-    progress.say(f"{case.name}: writing files")
+    bar.set_postfix_str(f"{case.name}: writing files")
     layout, ids = write_files(folder, case)
     rows = {
       make.__name__: Process(make, case, layout, ids) for make in _MEASURED
@@ -386,11 +387,11 @@ def measure(case: Case, progress: "Progress") -> dict[str, float]:
     for n in (1, 2):
       rows[f"workers_{n}"] = Workers(case, layout, ids, num_workers=n)
     rates = {name: [] for name in rows}
-    for number in range(_TURNS.value):
+    for _ in range(_TURNS.value):
       for name, row in rows.items():
-        progress.say(f"{case.name}: turn {number + 1}, {name}")
+        bar.set_postfix_str(f"{case.name}: {name}")
         rates[name].append(row.turn())
-        progress.done += 1
+        bar.update()
     for row in rows.values():
       row.close()
     best = {name: max(values) for name, values in rates.items()}
@@ -401,29 +402,6 @@ def measure(case: Case, progress: "Progress") -> dict[str, float]:
     ):
       best[name] = sum(os.path.getsize(path(id)) for id in ids) / len(ids) / 1e3
   return best
-
-
-class Progress:
-  """One line on a terminal: what runs, and when it will all be over."""
-
-  def __init__(self, total: int):
-    self.done = 0
-    self._total = total
-    self._begin = time.perf_counter()
-
-  def say(self, what: str) -> None:
-    if not sys.stderr.isatty():
-      return
-    left = "?"
-    if self.done:
-      elapsed = time.perf_counter() - self._begin
-      left = f"{elapsed / self.done * (self._total - self.done):.0f} s"
-    line = f"{self.done}/{self._total}, {left} left, {what}"
-    print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
-
-  def clear(self) -> None:
-    if sys.stderr.isatty():
-      print(f"\r{'':<78}\r", end="", file=sys.stderr, flush=True)
 
 
 def report(case: Case, best: dict[str, float]) -> str:
@@ -472,17 +450,18 @@ def report(case: Case, best: dict[str, float]) -> str:
 
 def main(unused_argv):
   _FLAGS.mark_as_parsed()
-  progress = Progress(_TURNS.value * (len(_MEASURED) + 2) * len(CASES))
+  turns = _TURNS.value * (len(_MEASURED) + 2) * len(CASES)
+  bar = parallel.progress(turns, "measuring", "turn")
   record, tables = {}, []
   for case in CASES:
-    best = measure(case, progress)
+    best = measure(case, bar)
     tables.append(report(case, best))
     record[case.name] = {
       "ours": best["ours"],
       "reference": best["reference"],
       "ratio": best["ours"] / best["reference"],
     }
-  progress.clear()
+  bar.close()
   print(
     f"{os.cpu_count()} cores; one thread each, best of {_TURNS.value} turns of"
     f" {_SECONDS.value:g} s, images a second of processor time\n"
