@@ -208,7 +208,12 @@ def unlabelled_in_folder(
 
 
 def list_path(dataset: ml_collections.ConfigDict, part: str) -> str:
-  """Path of the list of 'labelled', 'unlabelled' or 'validation' images."""
+  """Path of the list of 'labelled', 'unlabelled' or 'validation' images.
+
+  Of unlabelled ones it may be a folder of images.
+  """
+  if part == "unlabelled" and dataset.unlabelled_dir:
+    return storage.join(dataset.root, dataset.unlabelled_dir)
   return storage.join(dataset.root, dataset[f"{part}_list"])
 
 

@@ -1,7 +1,8 @@
 """Which ids belong to which split: lists in text files."""
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from input_pipeline import errors, storage
 
@@ -99,28 +100,24 @@ def has_image_suffix(name: str) -> bool:
   return os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES
 
 
-def check_splits(
-  labelled: Sequence[str], unlabelled: Sequence[str], validation: Sequence[str]
-) -> None:
-  """Checks that no image plays two roles.
+def check_splits(lists: Mapping[str, Sequence[str]]) -> None:
+  """Checks that no image is in two lists.
+
+  Args:
+    lists: ids by what messages call their list, such as its path.
 
   Raises:
-    DataError: two of the three lists share an id.
+    DataError: two of them share an id.
   """
-  _check_disjoint("labelled", labelled, "unlabelled", unlabelled)
-  _check_disjoint("labelled", labelled, "validation", validation)
-  _check_disjoint("unlabelled", unlabelled, "validation", validation)
-
-
-def _check_disjoint(
-  name_a: str, ids_a: Sequence[str], name_b: str, ids_b: Sequence[str]
-) -> None:
-  in_b = set(ids_b)
-  shared = [id for id in ids_a if id in in_b]
-  if shared:
-    examples = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
-    raise errors.DataError(
-      f"the {name_a} and the {name_b} split share {len(shared)}"
-      f" {'id' if len(shared) == 1 else 'ids'} ({examples}); an image may be in"
-      " only one of the two: remove it from one list"
-    )
+  for (name_a, ids_a), (name_b, ids_b) in itertools.combinations(
+    lists.items(), 2
+  ):
+    in_b = set(ids_b)
+    shared = [id for id in ids_a if id in in_b]
+    if shared:
+      examples = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
+      raise errors.DataError(
+        f"{name_a} and {name_b} share {len(shared)}"
+        f" {'id' if len(shared) == 1 else 'ids'} ({examples}); an image may be"
+        " labelled, unlabelled or for validation: remove it from one list"
+      )

@@ -113,31 +113,31 @@ def test_read_split_refuses_what_is_not_text(tmp_path):
 
 
 def test_check_splits_accepts_disjoint_lists():
-  ip.check_splits(["a", "b"], ["c"], ["d"])
+  ip.check_splits({"l.txt": ["a", "b"], "u.txt": ["c"], "v.txt": ["d"]})
 
 
 @pytest.mark.parametrize(
   ("labelled", "unlabelled", "validation", "names"),
   [
-    (["a", "b"], ["b", "c"], ["d"], ("labelled", "unlabelled")),
-    (["a", "b"], ["c"], ["b"], ("labelled", "validation")),
-    (["a"], ["b", "c"], ["b"], ("unlabelled", "validation")),
+    (["a", "b"], ["b", "c"], ["d"], ("l.txt", "u.txt")),
+    (["a", "b"], ["c"], ["b"], ("l.txt", "v.txt")),
+    (["a"], ["b", "c"], ["b"], ("u.txt", "v.txt")),
   ],
 )
 def test_check_splits_names_the_overlap(
   labelled, unlabelled, validation, names
 ):
   with pytest.raises(ip.DataError) as error:
-    ip.check_splits(labelled, unlabelled, validation)
-  assert f"the {names[0]} and the {names[1]} split share 1 id (b)" in one_line(
-    error
-  )
+    ip.check_splits(
+      {"l.txt": labelled, "u.txt": unlabelled, "v.txt": validation}
+    )
+  assert f"{names[0]} and {names[1]} share 1 id (b)" in one_line(error)
 
 
 def test_check_splits_names_three_ids_and_the_count():
   ids = list("abcde")
   with pytest.raises(ip.DataError) as error:
-    ip.check_splits(ids, ids, [])
+    ip.check_splits({"l.txt": ids, "u.txt": ids, "v.txt": []})
   assert "share 5 ids (a, b, c, ...)" in one_line(error)
 
 

@@ -132,7 +132,7 @@ def test_lists(root):
   assert [len(x) for x in (labelled, unlabelled, val, test)] == [12, 20, 5, 4]
   assert sorted(labelled + unlabelled) == list(train)
   assert len({*train, *val, *test}) == 12 + 20 + 5 + 4
-  splits.check_splits(labelled, unlabelled, val)
+  splits.check_splits({"l": labelled, "u": unlabelled, "v": val})
   layout = sources.Layout(root, image_suffix=shapes.IMAGE_SUFFIX)
   sources.check_files(layout, (*train, *val, *test), masks=True)
 

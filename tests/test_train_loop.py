@@ -119,7 +119,7 @@ def read_state(config, workdir):
   data = data_lib.load_data(config, info)
   checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
   restored = checkpoints.restore_latest(
-    train._abstract_state(config, program),
+    train.abstract_state(config, program),
     config=writers.config_digest(config),
     lists=writers.digest([data.labelled, data.unlabelled, data.validation]),
   )

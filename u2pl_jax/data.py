@@ -16,7 +16,7 @@ from input_pipeline import (
   make_eval_stream,
   make_train_stream,
 )
-from input_pipeline.dataset_config import read_lists
+from input_pipeline.dataset_config import list_path, read_lists
 from u2pl_jax.train_step import Recipe
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def load_data(config: ml_collections.ConfigDict, info: DatasetInfo) -> Data:
     DataError: a list or a file is missing or unfit.
   """
   source, ids = read_lists(config.dataset)
-  check_splits(ids["labelled"], ids["unlabelled"], ids["validation"])
+  check_splits({list_path(config.dataset, part): ids[part] for part in ids})
   source.check(ids["labelled"], masks=True)
   source.check(ids["validation"], masks=True)
   if config.method != "supervised":
