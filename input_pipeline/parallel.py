@@ -56,13 +56,13 @@ def map_in_threads(
   # OpenCV's own threads would only compete with these.
   cv2.setNumThreads(1)
   # More than cores: some of them wait for the disk, or for a bucket.
-  executor = concurrent.futures.ThreadPoolExecutor(2 * (os.cpu_count() or 1))
-  try:
-    with progress(len(items), description, unit) as bar:
-      results = []
-      for result in executor.map(function, items):
-        results.append(result)
-        bar.update()
-      return results
-  finally:
-    executor.shutdown(cancel_futures=True)
+  num_threads = 2 * (os.cpu_count() or 1)
+  results = []
+  with (
+    concurrent.futures.ThreadPoolExecutor(num_threads) as executor,
+    progress(len(items), description, unit) as bar,
+  ):
+    for result in executor.map(function, items):
+      results.append(result)
+      bar.update()
+  return results

@@ -393,6 +393,7 @@ def test_every_key_has_a_comment():
     ("contrastive.low_rank=6", "low_rank=6.*high_rank"),
     ("contrastive.low_rank=8,contrastive.high_rank=9", "low_rank=8.*6 classes"),
     ("contrastive.high_rank=20", "high_rank=20.*only 6 classes"),
+    ("contrastive.high_rank=7", "high_rank=7.*only 6 classes"),
     ("batch.labelled=6", "labelled=6.*4 devices"),
     ("batch.unlabelled=3", "unlabelled=3.*4 devices"),
     ("eval.batch=2", "eval.batch=2.*4 devices"),
