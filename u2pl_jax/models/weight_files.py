@@ -140,15 +140,20 @@ def _read_torch(path: pathlib.Path) -> object:
         f"{path}: refused: it holds {named[1]}, and reading anything but"
         " tensors and numbers could run code; save its state_dict alone"
       ) from error
-    raise WeightsError(
-      f"{path}: not a file of torch.save, or damaged"
-    ) from error
-  except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-    # Also what torch's reader raises on truncated archives.
-    raise WeightsError(
-      f"{path}: not a file of torch.save, or damaged"
-      f" ({' '.join(str(error).split())[:100]})"
-    ) from error
+    raise _damaged(path) from error
+  except RuntimeError as error:
+    # What torch's reader says of archives, up to its advice for developers.
+    raise _damaged(path, str(error).split(". ")[0]) from error
+  except (EOFError, OSError, ValueError, KeyError) as error:
+    raise _damaged(path) from error
+
+
+def _damaged(path: pathlib.Path, detail: str = "") -> WeightsError:
+  detail = f" ({' '.join(detail.split())})" if detail else ""
+  return WeightsError(
+    f"{path}: not a file of torch.save, or damaged{detail}: download or copy it"
+    " again"
+  )
 
 
 def _is_state(value: object) -> bool:
