@@ -215,6 +215,15 @@ def get_base_config() -> ml_collections.ConfigDict:
   # finds about 43 000 a step at this recipe, more than a queue holds, so that
   # without the cap the bank would have no memory. 0: no cap, exact FIFO.
   bank.max_keys_per_step = 512
+  # 'float32', or 'bfloat16': half the memory and half of what travels between
+  # devices when keys enter. All maths with them is float32.
+  bank.dtype = "float32"
+
+  config.sharding = sharding = ml_collections.ConfigDict()
+  # Where the keys lie: 'replicated', all of them on every device, or 'classes',
+  # each device its share of the queues, which lie one after another. The same
+  # numbers either way; 'classes' saves memory and moves more between devices.
+  sharding.memory_bank = "replicated"
 
   config.teacher = teacher = ml_collections.ConfigDict()
   # Weight of the old average: min(1 - 1 / (updates + 1), ema_decay).

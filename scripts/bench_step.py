@@ -153,20 +153,21 @@ def main(argv):
       rngs={"dropout": draws.student_dropout},
     )
 
-  pseudo_labels, confidence = jax.jit(pseudo_labelling)(state.teacher, images_u)
+  pseudo_labels, _ = jax.jit(pseudo_labelling)(state.teacher, images_u)
   outputs, _ = jax.jit(forward_train)(
     state.student.params, state.student.batch_stats, images
   )
 
-  def mixing(images_u, pseudo_labels, confidence):
-    return strong_augmentation.apply_mix(
-      draws.mix,
-      "cutmix",
-      images_u,
-      pseudo_labels,
-      confidence,
-      ignore_label=255,
+  def mixing(images_u, pseudo_labels):
+    keep_mask = strong_augmentation.mix_mask(
+      draws.mix, "cutmix", pseudo_labels, ignore_label=255
     )
+    return [
+      strong_augmentation.fill(
+        x, strong_augmentation.partners(x), keep_mask, "cutmix", 0
+      )
+      for x in (images_u, pseudo_labels)
+    ]
 
   def student_backward(params, batch_stats, images):
     def scalar(params):
@@ -232,7 +233,7 @@ def main(argv):
   teacher, student = state.teacher, state.student
   rows = {
     "teacher forward (eval)": timed(pseudo_labelling, teacher, images_u),
-    "mixing": timed(mixing, images_u, pseudo_labels, confidence),
+    "mixing": timed(mixing, batch_u["image"], pseudo_labels),
     "teacher forward (train)": timed(
       forward_train, teacher.params, teacher.batch_stats, images
     ),

@@ -54,7 +54,7 @@ def masks(**kwargs):
     LABELS != 255,
     jnp.asarray([[[True, True, False]], [[True, False, True]]]),
     PROBS,
-    num_labelled=1,
+    is_labelled=np.asarray([True, False]),
     **options,
   )
 
@@ -90,23 +90,19 @@ def test_prototype_of_an_absent_class_is_zero():
 
 def test_info_nce_floor_and_chance():
   """49 opposite negatives reach the floor; equal similarities give chance."""
-  anchor = jnp.asarray([[[2.0, 0.0]]])
-  negatives = jnp.broadcast_to(jnp.asarray([-3.0, 0.0]), (1, 1, 50, 2))
+  opposite = jnp.full((1, 1, 50), -1.0)
   floor, chance = contrastive.floor_and_chance(50, 0.5)
-  loss = contrastive.info_nce(anchor, jnp.asarray([[5.0, 0.0]]), negatives, 0.5)
+  loss = contrastive.info_nce(jnp.ones((1, 1)), opposite, 0.5)
   np.testing.assert_allclose(loss, floor, rtol=1e-5)
   np.testing.assert_allclose(floor, 0.650, atol=5e-4)
-  same = contrastive.info_nce(anchor, jnp.asarray([[0.0, 1.0]]), negatives, 1e9)
+  same = contrastive.info_nce(jnp.zeros((1, 1)), opposite, 1e9)
   np.testing.assert_allclose(same, chance, rtol=1e-5)
   np.testing.assert_allclose(chance, np.log(51), rtol=1e-6)
 
 
 def test_info_nce_by_hand():
-  anchors = jnp.asarray([[[1.0, 0.0], [0.0, 1.0]]])
-  positives = jnp.asarray([[1.0, 0.0]])
-  negatives = jnp.asarray([[[[0.0, 2.0]], [[0.0, 2.0]]]])
-  loss = contrastive.info_nce(anchors, positives, negatives, 0.5)
-  # Anchor 1: cosines 1 and 0; anchor 2: 0 and 1.
+  positive = jnp.asarray([[1.0, 0.0]])
+  loss = contrastive.info_nce(positive, jnp.asarray([[[0.0], [1.0]]]), 0.5)
   expected = (np.log(1 + np.exp(-2)) + np.log(1 + np.exp(2))) / 2
   np.testing.assert_allclose(loss, [expected], rtol=1e-6)
 
@@ -118,14 +114,18 @@ class TestSelectKeys:
       bits = jax.random.bits(
         jax.random.key(0), (len(capacities), max_keys + 2), jnp.uint32
       )
-    pixels, count = contrastive.select_keys(
-      jnp.asarray(mask),
-      num_labelled_pixels=num_labelled,
+    ranks, count = contrastive.select_keys(
+      jnp.asarray(mask[:num_labelled].sum(0), jnp.int32),
+      jnp.asarray(mask[num_labelled:].sum(0), jnp.int32),
+      num_pixels=len(mask),
       capacities=capacities,
       max_keys=max_keys,
       bits=bits,
     )
-    return [p[:n].tolist() for p, n in zip(pixels, count, strict=True)]
+    return [
+      np.flatnonzero(members)[np.asarray(rank[:n])].tolist()
+      for members, rank, n in zip(mask.T, ranks, count, strict=True)
+    ]
 
   def test_no_cap_keeps_the_last_in_raster_order(self):
     mask = np.zeros((12, 2), bool)

@@ -17,7 +17,7 @@ _STDLIB = sys.stdlib_module_names
 
 # Leaves by level: one may import those of the levels below it.
 _LEAF_LEVELS = (
-  {"images", "selection", "strong_augmentation"},
+  {"halves", "images", "selection", "strong_augmentation"},
   {"memory_bank", "photometric"},
   {
     "contrastive",

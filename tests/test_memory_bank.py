@@ -42,9 +42,10 @@ def test_sample_takes_from_the_oldest():
   bank = memory_bank.create((3, 2), 1)
   new = jnp.asarray([[[1.0], [2], [3], [4]], [[9], [0], [0], [0]]])
   bank = memory_bank.enqueue(bank, new, jnp.asarray([4, 1], jnp.int32))
-  keys = memory_bank.sample(
+  slots = memory_bank.sample_slots(
     bank, jnp.asarray([[0, 1, 2, 3], [0, 1, 2, 3]], jnp.uint32)
   )
+  keys = bank.keys[slots]
   # Class 0 holds 2, 3, 4 (1 was pushed out); class 1 holds 9 alone.
   assert keys[..., 0].tolist() == [[2, 3, 4, 2], [9, 9, 9, 9]]
 
@@ -55,7 +56,8 @@ def test_sampling_is_uniform():
     bank, jnp.arange(5.0).reshape(1, 5, 1), jnp.asarray([5], jnp.int32)
   )
   bits = jax.random.bits(jax.random.key(0), (1, 50_000), jnp.uint32)
-  values = np.asarray(memory_bank.sample(bank, bits)).astype(int).ravel()
+  keys = np.asarray(bank.keys[memory_bank.sample_slots(bank, bits)])
+  values = keys.astype(int).ravel()
   # Standard deviation of a share: sqrt(.2 * .8 / 50000) = 0.0018.
   np.testing.assert_allclose(np.bincount(values) / 50_000, 0.2, atol=0.008)
 

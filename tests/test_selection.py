@@ -57,11 +57,47 @@ def test_percentiles_by_hand():
 
 
 def test_nth_members():
-  mask = jnp.asarray([[0, 1, 0, 1, 1], [0, 0, 0, 0, 0]], bool)
-  ranks = jnp.asarray([[0, 1, 2], [0, 1, 2]], jnp.int32)
-  result = selection.nth_members(mask, ranks)
-  np.testing.assert_array_equal(result[0], [1, 3, 4])
-  np.testing.assert_array_equal(result[1], [4, 4, 4])
+  # One image of five pixels; the second set is empty, as is rank 3.
+  mask = jnp.asarray([[0, 1, 0, 1, 1], [0, 0, 0, 0, 0]], bool).T[None]
+  ranks = jnp.asarray([[0, 1, 2, 3], [0, 1, 2, 3]], jnp.int32)
+  members = selection.nth_members(mask, ranks)
+  positions = selection.member_positions(members, 5)
+  np.testing.assert_array_equal(positions, [[1, 3, 4, -1], [-1] * 4])
+  values = jnp.arange(10.0, 15)[None, :, None]
+  np.testing.assert_array_equal(
+    selection.take_members(values, members)[..., 0],
+    [[11, 13, 14, 0], [0] * 4],
+  )
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_members_do_not_depend_on_the_parts(seed, share):
+  """Against flatnonzero, for images in any order and some without a member."""
+  rng = np.random.default_rng(seed)
+  mask = rng.random((8, 5, 3)) < share
+  mask[rng.integers(8)] = False
+  places = rng.permutation(8).astype(np.int32)
+  ranks = rng.integers(-1, 42, (3, 20)).astype(np.int32)
+  values = rng.standard_normal((8, 5, 2)).astype(np.float32)
+  in_order = mask[places].reshape(40, 3)
+  expected = np.full((3, 20), -1)
+  for c in range(3):
+    members = np.flatnonzero(in_order[:, c])
+    for j, rank in enumerate(ranks[c]):
+      if 0 <= rank < len(members):
+        expected[c, j] = members[rank]
+  rows = np.append(values[places].reshape(40, 2), [[0, 0]], 0)[expected]
+  for num_parts in (1, 2, 4, 8):
+    members = selection.nth_members(
+      jnp.asarray(mask), jnp.asarray(ranks), places=places, num_parts=num_parts
+    )
+    np.testing.assert_array_equal(
+      selection.member_positions(members, 5), expected
+    )
+    np.testing.assert_array_equal(
+      selection.take_members(jnp.asarray(values), members), rows
+    )
 
 
 def test_uniform_ranks_replay_and_range():

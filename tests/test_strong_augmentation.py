@@ -28,9 +28,11 @@ def apply(mix, draw, labels, ignore_label=255):
     jnp.arange(1.0, b + 1)[:, None, None, None], (b, h, w, 3)
   )
   confidence = images[..., 0] / 10
-  return strong.apply_mix(
-    draw, mix, images, labels, confidence, ignore_label=ignore_label
-  )
+  keep = strong.mix_mask(draw, mix, labels, ignore_label=ignore_label)
+  return *(
+    strong.fill(x, strong.partners(x), keep, mix, blank)
+    for x, blank in ((images, 0), (labels, ignore_label), (confidence, 0))
+  ), keep
 
 
 def box_draw(apply_mix=True):

@@ -18,9 +18,11 @@ from jax.sharding import Mesh
 
 from u2pl_jax import memory_bank, rngs, sharding
 from u2pl_jax.config_checks import (
+  bank_capacities,
   check_config,
   contrastive_ranks,
   parse_quirks,
+  splits_bank,
 )
 from u2pl_jax.evaluation import make_eval_step, make_predict_step
 from u2pl_jax.models.deeplab import DeepLab
@@ -33,7 +35,9 @@ from u2pl_jax.optimizer import Schedule, poly_schedule, sgd
 from u2pl_jax.photometric import PhotometricSettings
 from u2pl_jax.train_state import TrainState, Variables, create_train_state
 from u2pl_jax.train_step import (
+  ONE_DEVICE,
   LabelledBatch,
+  Layout,
   Recipe,
   UnlabelledBatch,
   semi_supervised_step,
@@ -72,7 +76,7 @@ class Program:
       (state, metrics)`; None for the supervised method.
     eval_step: compiled `(variables, batch dict) -> confusion matrix`.
     predict_step: compiled `(variables, batch dict) -> (classes, entropy)`.
-    create_state: `() -> TrainState` at step 0, replicated over the mesh.
+    create_state: `() -> TrainState` at step 0, on the devices of the mesh.
   """
 
   mesh: Mesh
@@ -181,8 +185,19 @@ def make_memory_bank(
   bank = config.memory_bank
   if config.method == "supervised":
     return memory_bank.create([1] * num_classes, config.model.rep_features)
-  capacities = [bank.capacity_class0] + [bank.capacity] * (num_classes - 1)
-  return memory_bank.create(capacities, config.model.rep_features)
+  return memory_bank.create(
+    bank_capacities(config, num_classes),
+    config.model.rep_features,
+    jnp.dtype(bank.dtype),
+  )
+
+
+def make_layout(config: ml_collections.ConfigDict, num_devices: int) -> Layout:
+  """How the arrays of a step lie on the devices."""
+  return Layout(
+    pixel_parts=num_devices,
+    bank_parts=num_devices if splits_bank(config) else 1,
+  )
 
 
 def step_functions(
@@ -191,6 +206,7 @@ def step_functions(
   model: DeepLab,
   tx: optax.GradientTransformation,
   recipe: Recipe,
+  layout: Layout = ONE_DEVICE,
 ) -> tuple[Callable, Callable]:
   """Binds statics and randomness: the two steps before compilation.
 
@@ -237,6 +253,7 @@ def step_functions(
       model=model,
       tx=tx,
       recipe=recipe,
+      layout=layout,
     )
 
   return run_supervised, run_semi_supervised
@@ -278,11 +295,20 @@ def build(
     head_multiplier=optimizer.head_multiplier,
   )
   run_supervised, run_semi = step_functions(
-    config, model=model, tx=tx, recipe=recipe
+    config,
+    model=model,
+    tx=tx,
+    recipe=recipe,
+    layout=make_layout(config, mesh.devices.size),
   )
   repl, split = sharding.replicated(mesh), sharding.batch_sharded(mesh)
+  state_split = sharding.state_shardings(
+    mesh,
+    _state_shapes(config, model, tx, data.num_classes),
+    split_bank=splits_bank(config),
+  )
   jit_step = functools.partial(
-    jax.jit, donate_argnums=0, out_shardings=(repl, repl)
+    jax.jit, donate_argnums=0, out_shardings=(state_split, repl)
   )
 
   def create_state() -> TrainState:
@@ -310,7 +336,7 @@ def build(
       # The same for a teacher with weights of its own.
       for line in reports[0]:
         logger.info(line)
-    return jax.device_put(state, repl)
+    return jax.device_put(state, state_split)
 
   pixels = {"mean": recipe.mean, "std": recipe.std}
   return Program(
@@ -319,9 +345,9 @@ def build(
     tx=tx,
     recipe=recipe,
     learning_rate=learning_rate,
-    supervised_step=jit_step(run_supervised, in_shardings=(repl, split)),
+    supervised_step=jit_step(run_supervised, in_shardings=(state_split, split)),
     semi_supervised_step=(
-      jit_step(run_semi, in_shardings=(repl, split, split))
+      jit_step(run_semi, in_shardings=(state_split, split, split))
       if config.method == "u2pl"
       else None
     ),
@@ -345,15 +371,18 @@ def build(
   )
 
 
-def abstract_state(
-  config: ml_collections.ConfigDict, program: Program
+def _state_shapes(
+  config: ml_collections.ConfigDict,
+  model: DeepLab,
+  tx: optax.GradientTransformation,
+  num_classes: int,
 ) -> TrainState:
-  """Shapes, types and shardings of the state; computes and reads nothing."""
+  """Shapes and types of the state; computes and reads nothing."""
 
   def create() -> TrainState:
     # Not program.create_state: it compiles, and reads config.model.pretrained,
     # which a run that goes on needs no more.
-    variables = program.model.init(
+    variables = model.init(
       jax.random.key(0), jnp.zeros((1, 65, 65, 3)), train=False
     )
     network = Variables(variables["params"], variables["batch_stats"])
@@ -361,14 +390,27 @@ def abstract_state(
       step=jnp.zeros((), jnp.int32),
       student=network,
       teacher=network,
-      opt_state=program.tx.init(network.params),
-      memory_bank=make_memory_bank(config, program.recipe.num_classes),
+      opt_state=tx.init(network.params),
+      memory_bank=make_memory_bank(config, num_classes),
     )
 
-  replicated = sharding.replicated(program.mesh)
+  return jax.eval_shape(create)
+
+
+def abstract_state(
+  config: ml_collections.ConfigDict, program: Program
+) -> TrainState:
+  """Shapes, types and shardings of the state; computes and reads nothing."""
+  shapes = _state_shapes(
+    config, program.model, program.tx, program.recipe.num_classes
+  )
+  shardings = sharding.state_shardings(
+    program.mesh, shapes, split_bank=splits_bank(config)
+  )
   return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=replicated
+    lambda leaf, where: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=where
     ),
-    jax.eval_shape(create),
+    shapes,
+    shardings,
   )

@@ -42,6 +42,19 @@ def contrastive_ranks(
   return low, high
 
 
+def bank_capacities(
+  config: ml_collections.ConfigDict, num_classes: int
+) -> list[int]:
+  """Slots of each queue of the memory bank."""
+  bank = config.memory_bank
+  return [bank.capacity_class0] + [bank.capacity] * (num_classes - 1)
+
+
+def splits_bank(config: ml_collections.ConfigDict) -> bool:
+  """Whether each device holds a share of the memory bank, not all of it."""
+  return config.method == "u2pl" and config.sharding.memory_bank == "classes"
+
+
 def _require(condition: bool, message: str) -> None:
   if not condition:
     raise ConfigError(message)
@@ -83,6 +96,14 @@ def check_config(
   _choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
   _choice("supervised.loss", config.supervised.loss, ("ce", "ohem"))
   _choice("strong.mix", config.strong.mix, MIXES)
+  _choice(
+    "memory_bank.dtype", config.memory_bank.dtype, ("float32", "bfloat16")
+  )
+  _choice(
+    "sharding.memory_bank",
+    config.sharding.memory_bank,
+    ("replicated", "classes"),
+  )
   _choice("reliability.decay", config.reliability.decay, ("epoch", "step"))
   _choice("eval.protocol", config.eval.protocol, PROTOCOLS)
   _require(
@@ -225,4 +246,12 @@ def check_config(
     bank.max_keys_per_step >= 0,
     f"config.memory_bank.max_keys_per_step={bank.max_keys_per_step}: 0 (no cap)"
     " or a positive number",
+  )
+  slots = sum(bank_capacities(config, num_classes))
+  _require(
+    not splits_bank(config) or slots % num_devices == 0,
+    f"config.sharding.memory_bank='classes': the {slots} slots of the"
+    f" {num_classes} queues do not divide over {num_devices} devices: choose"
+    " config.memory_bank.capacity and capacity_class0 so that they do, or"
+    " 'replicated'",
   )

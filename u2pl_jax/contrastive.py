@@ -11,14 +11,22 @@ all pixels of the feature grid, labelled images first. The quirks of the
 published code are keywords (docs/quirks.md).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from u2pl_jax import memory_bank as memory_bank_lib
-from u2pl_jax.memory_bank import MemoryBank
-from u2pl_jax.selection import nth_members, subset_ranks, uniform_ranks
+from u2pl_jax.memory_bank import MemoryBank, unit
+from u2pl_jax.selection import (
+  member_positions,
+  nth_members,
+  subset_ranks,
+  take_members,
+  uniform_ranks,
+)
 
 Array = jax.Array
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -80,7 +88,7 @@ def negative_mask(
   unreliable_mask: Array,
   probs: Array,
   *,
-  num_labelled: int,
+  is_labelled: np.ndarray,
   low_rank: int,
   high_rank: int,
   max_probability: float,
@@ -93,7 +101,7 @@ def negative_mask(
     valid_mask: [b, hf, wf] bool, pixels with a label or pseudo label.
     unreliable_mask: [b, hf, wf] bool, read for the unlabelled images.
     probs: [b, hf, wf, k], the teacher's.
-    num_labelled: the first images of the batch are labelled.
+    is_labelled: [b] bool, the images of the labelled half.
     low_rank: labelled pixels qualify below it, unlabelled from it on.
     high_rank: unlabelled pixels qualify below it.
     max_probability: the class's probability must be below it.
@@ -105,17 +113,15 @@ def negative_mask(
     [b, hf, wf, k] bool.
   """
   ranks = class_ranks(probs)
-  labelled = (
-    ~membership[:num_labelled]
-    & valid_mask[:num_labelled, ..., None]
-    & (ranks[:num_labelled] < low_rank)
-  )
+  labelled = ~membership & valid_mask[..., None] & (ranks < low_rank)
   middle = (ranks >= low_rank) & (ranks < high_rank)
-  unlabelled = middle[num_labelled:] & unreliable_mask[num_labelled:, ..., None]
-  mask = jnp.concatenate([labelled, unlabelled]) & (probs < max_probability)
+  unlabelled = middle & unreliable_mask[..., None]
+  by_image = jnp.asarray(is_labelled)[:, None, None, None]
+  mask = jnp.where(by_image, labelled, unlabelled) & (probs < max_probability)
   return mask & membership if own_label_negatives else mask
 
 
+@jax.named_scope("prototypes")
 def prototypes(reps: Array, member_mask: Array) -> Array:
   """Mean representation of each class.
 
@@ -132,29 +138,17 @@ def prototypes(reps: Array, member_mask: Array) -> Array:
   return total / jnp.maximum(count, 1)[:, None].astype(reps.dtype)
 
 
-def _unit(x: Array) -> Array:
-  """Rows to length 1; a zero row stays zero, with zero gradient."""
-  square = jnp.square(x).sum(-1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-16))
-
-
-def info_nce(
-  anchors: Array, positives: Array, negatives: Array, temperature: float
-) -> Array:
-  """InfoNCE with cosine similarities (equation 10), mean over the anchors.
+def info_nce(positive: Array, negative: Array, temperature: float) -> Array:
+  """InfoNCE of cosine similarities (equation 10), mean over the anchors.
 
   Args:
-    anchors: [k, a, d].
-    positives: [k, d], one for all anchors of a class.
-    negatives: [k, a, m, d].
+    positive: [k, a], of each anchor with the prototype of its class.
+    negative: [k, a, m].
     temperature: divides the cosines.
 
   Returns:
     [k].
   """
-  anchors, positives, negatives = map(_unit, (anchors, positives, negatives))
-  positive = jnp.einsum("kad,kd->ka", anchors, positives, precision=_HIGHEST)
-  negative = jnp.einsum("kad,kamd->kam", anchors, negatives, precision=_HIGHEST)
   logits = jnp.concatenate([positive[..., None], negative], -1) / temperature
   return (jax.nn.logsumexp(logits, -1) - logits[..., 0]).mean(-1)
 
@@ -169,41 +163,41 @@ def floor_and_chance(num_negatives: int, temperature: float) -> Array:
 
 
 def select_keys(
-  mask: Array,
+  count_l: Array,
+  count_u: Array,
   *,
-  num_labelled_pixels: int,
+  num_pixels: int,
   capacities: tuple[int, ...],
   max_keys: int | None,
   bits: Array | None,
 ) -> tuple[Array, Array]:
-  """Pixels that enter each queue in this step.
+  """Which of the negatives of a step enter each queue.
 
   The paper's rule yields more keys in a step than a queue holds, so at most
   `max_keys` of them enter, a random subset, half from labelled and half from
   unlabelled pixels (what one side lacks the other fills).
 
   Args:
-    mask: [p, k] bool, from `negative_mask`.
-    num_labelled_pixels: the first pixels belong to labelled images.
+    count_l, count_u: [k] int32, negatives of each class among the labelled and
+      the unlabelled pixels.
+    num_pixels: of the feature grids, which no count exceeds.
     capacities: of the queues.
     max_keys: per class and step; None takes all, of which the last `capacity`
       enter in raster order: exactly what an unbounded FIFO would hold.
     bits: [k, max_keys + 2] uint32; None with max_keys None.
 
   Returns:
-    (pixels [k, m] int32 in the order of entry, count [k] int32).
+    (ranks [k, m] int32 among the negatives of the class, labelled images first,
+    in the order of entry, count [k] int32 of those that are meant).
   """
-  num_pixels = mask.shape[0]
-  count = mask.sum(0, dtype=jnp.int32)
+  count = count_l + count_u
   capacity = jnp.asarray(capacities, jnp.int32)
   if max_keys is None:
     size = jnp.minimum(count, capacity)
     row = jnp.arange(min(num_pixels, max(capacities)), dtype=jnp.int32)
-    return nth_members(mask.T, (count - size)[:, None] + row), size
+    return (count - size)[:, None] + row, size
 
   limit = jnp.minimum(max_keys, capacity)
-  count_l = mask[:num_labelled_pixels].sum(0, dtype=jnp.int32)
-  count_u = count - count_l
   size_l = jnp.minimum(count_l, jnp.maximum(limit // 2, limit - count_u))
   size_u = jnp.minimum(count_u, limit - size_l)
   row = jnp.arange(max_keys, dtype=jnp.int32)
@@ -217,7 +211,7 @@ def select_keys(
     rank_l,
     jnp.take_along_axis(rank_u, jnp.maximum(after, 0), 1),
   )
-  return nth_members(mask.T, rank), size_l + size_u
+  return rank, size_l + size_u
 
 
 class Contrast(NamedTuple):
@@ -232,7 +226,8 @@ class Contrast(NamedTuple):
     num_candidates: [2, k] int32, labelled and unlabelled negatives found.
     num_keys: [k] int32, keys that entered the queue.
     source: [k] int32, the class whose anchors a queue was paired with.
-    anchor_pixels: [k, a] int32, the anchors drawn, meaningless where none.
+    anchor_pixels: [k, a] int32, the anchors drawn in raster order over the
+      batch, labelled images first; -1 where there is none.
   """
 
   loss: Array
@@ -269,6 +264,9 @@ def contrastive_loss(
   temperature: float,
   class_index_mixup: bool = False,
   own_label_negatives: bool = False,
+  places: np.ndarray | None = None,
+  pixel_parts: int = 1,
+  bank_parts: int = 1,
 ) -> Contrast:
   """Feeds the memory bank and computes the contrastive loss.
 
@@ -276,13 +274,15 @@ def contrastive_loss(
   drawn as negatives. The gradient reaches `reps` only.
 
   Args:
-    reps: [b, hf, wf, d], the student's.
+    reps: [b, hf, wf, d], the student's; the order of the images is that of
+      all other arrays too, see `places`.
     teacher_reps: [b, hf, wf, d].
     membership: [b, hf, wf, k] bool, see `class_membership`.
     valid_mask, reliable_mask, unreliable_mask: [b, hf, wf] bool. Labelled
       pixels are reliable wherever they are valid.
     teacher_probs: [b, hf, wf, k].
-    num_labelled: images at the front of the batch that are labelled.
+    num_labelled: images of the batch that are labelled, the first ones of
+      `places`.
     memory_bank: k queues.
     anchor_bits: [k, a] uint32, draws of the anchors.
     negative_bits: [k, a, m] uint32, draws of each anchor's negatives.
@@ -296,70 +296,96 @@ def contrastive_loss(
     class_index_mixup: quirk. The i-th *present* class is paired with anchors
       and prototype of class i.
     own_label_negatives: quirk, see `negative_mask`.
+    places: [b] int, where image i of the raster order lies in the batch,
+      labelled images first; None where they lie so.
+    pixel_parts: equal parts of the batch that lie on devices of their own.
+    bank_parts: likewise of the bank, see `memory_bank.negative_cosines`. On
+      neither depends a result, only what has to travel.
 
   Returns:
     `Contrast`. The loss is the sum over active classes divided by the number
     of present ones, and 0 with fewer than two present.
   """
-  num_classes, width = membership.shape[-1], reps.shape[-1]
-  teacher_reps = jax.lax.stop_gradient(teacher_reps).reshape(-1, width)
-  teacher_probs = jax.lax.stop_gradient(teacher_probs)
+  batch, _, _, num_classes = membership.shape
+  width = reps.shape[-1]
   pixels_per_image = membership.shape[1] * membership.shape[2]
+  if places is None:
+    places = np.arange(batch, dtype=np.int32)
+  is_labelled = np.zeros(batch, bool)
+  is_labelled[places[:num_labelled]] = True
+  by_pixel = (batch, pixels_per_image, -1)
+  reps = reps.reshape(by_pixel)
+  teacher_reps = jax.lax.stop_gradient(teacher_reps).reshape(by_pixel)
+  teacher_probs = jax.lax.stop_gradient(teacher_probs)
 
   members = membership & reliable_mask[..., None]
-  members = members.reshape(-1, num_classes)
-  confident = teacher_probs > anchor_min_probability
-  anchor_mask = members & confident.reshape(-1, num_classes)
+  anchor_mask = members & (teacher_probs > anchor_min_probability)
   key_mask = negative_mask(
     membership,
     valid_mask,
     unreliable_mask,
     teacher_probs,
-    num_labelled=num_labelled,
+    is_labelled=is_labelled,
     low_rank=low_rank,
     high_rank=high_rank,
     max_probability=negative_max_probability,
     own_label_negatives=own_label_negatives,
-  ).reshape(-1, num_classes)
+  )
+  members, anchor_mask, key_mask = (
+    mask.reshape(by_pixel) for mask in (members, anchor_mask, key_mask)
+  )
+  find = functools.partial(nth_members, places=places, num_parts=pixel_parts)
 
   # Feed the queues.
-  num_labelled_pixels = num_labelled * pixels_per_image
-  key_pixels, num_keys = select_keys(
-    key_mask,
-    num_labelled_pixels=num_labelled_pixels,
-    capacities=memory_bank.capacities,
-    max_keys=max_keys,
-    bits=key_bits,
-  )
+  with jax.named_scope("keys"):
+    keys_per_image = key_mask.sum(1, dtype=jnp.int32)
+    num_candidates = jnp.stack(
+      [keys_per_image[half].sum(0) for half in (is_labelled, ~is_labelled)]
+    )
+    ranks, num_keys = select_keys(
+      *num_candidates,
+      num_pixels=batch * pixels_per_image,
+      capacities=memory_bank.capacities,
+      max_keys=max_keys,
+      bits=key_bits,
+    )
+    new_keys = take_members(
+      # In the type of the bank before they travel.
+      teacher_reps.astype(memory_bank.keys.dtype),
+      find(key_mask, ranks),
+    )
   memory_bank = memory_bank_lib.enqueue(
-    memory_bank, teacher_reps[key_pixels], num_keys
+    memory_bank, new_keys, num_keys, num_parts=bank_parts
   )
 
   # Pair the queue of each class with anchors and a prototype.
-  num_reliable = members.sum(0, dtype=jnp.int32)
-  num_anchors = anchor_mask.sum(0, dtype=jnp.int32)
+  num_reliable = members.sum((0, 1), dtype=jnp.int32)
+  num_anchors = anchor_mask.sum((0, 1), dtype=jnp.int32)
   present = num_reliable > 0
   source = jnp.arange(num_classes, dtype=jnp.int32)
   if class_index_mixup:
     source = jnp.maximum(jnp.cumsum(present, dtype=jnp.int32) - 1, 0)
-  ranks = uniform_ranks(anchor_bits, num_anchors[source][:, None])
-  anchor_pixels = nth_members(anchor_mask.T[source], ranks)
-  anchors = reps.reshape(-1, width)[anchor_pixels]
-  positives = prototypes(teacher_reps, members)[source]
-  negatives = memory_bank_lib.sample(memory_bank, negative_bits)
-  negatives = jax.lax.stop_gradient(negatives).astype(anchors.dtype)
+    anchor_mask = anchor_mask[..., source]
+  num_paired = num_anchors[source]
+  with jax.named_scope("anchors"):
+    drawn = find(anchor_mask, uniform_ranks(anchor_bits, num_paired[:, None]))
+    anchors = unit(take_members(reps, drawn))
+  positives = prototypes(
+    teacher_reps.reshape(-1, width), members.reshape(-1, num_classes)
+  )[source]
+  slots = memory_bank_lib.sample_slots(memory_bank, negative_bits)
 
-  losses = info_nce(anchors, positives, negatives, temperature)
-  active = present & (num_anchors[source] > 0) & (memory_bank.count > 0)
+  losses = info_nce(
+    jnp.einsum("kad,kd->ka", anchors, unit(positives), precision=_HIGHEST),
+    memory_bank_lib.negative_cosines(
+      memory_bank, slots, anchors, num_parts=bank_parts
+    ),
+    temperature,
+  )
+  active = present & (num_paired > 0) & (memory_bank.count > 0)
   num_present = present.sum(dtype=jnp.int32)
   active = active & (num_present > 1)
   loss = jnp.where(active, losses, 0).sum() / jnp.maximum(num_present, 1)
-  by_half = jnp.stack(
-    [
-      key_mask[:num_labelled_pixels].sum(0, dtype=jnp.int32),
-      key_mask[num_labelled_pixels:].sum(0, dtype=jnp.int32),
-    ]
-  )
   return Contrast(
     loss=loss,
     memory_bank=memory_bank,
@@ -367,8 +393,8 @@ def contrastive_loss(
     active=active,
     num_reliable=num_reliable,
     num_anchors=num_anchors,
-    num_candidates=by_half,
+    num_candidates=num_candidates,
     num_keys=num_keys,
     source=source,
-    anchor_pixels=anchor_pixels,
+    anchor_pixels=member_positions(drawn, pixels_per_image),
   )

@@ -30,9 +30,19 @@ def normalise(
   Returns:
     [b, h, w, 3], float32 (float64 of float64 images).
   """
+  inside = inside_box(valid_box, *image.shape[1:3])
+  return normalise_inside(image, inside, mean, std)
+
+
+def normalise_inside(
+  image: Array,
+  inside: Array,
+  mean: tuple[float, float, float],
+  std: tuple[float, float, float],
+) -> Array:
+  """`normalise` with a mask [b, h, w] of what is image, in place of a box."""
   dtype = jnp.promote_types(image.dtype, jnp.float32)
   image = (image.astype(dtype) - jnp.asarray(mean, dtype)) / jnp.asarray(
     std, dtype
   )
-  inside = inside_box(valid_box, *image.shape[1:3])
   return jnp.where(inside[..., None], image, 0)

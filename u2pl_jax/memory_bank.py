@@ -15,6 +15,7 @@ import numpy as np
 from u2pl_jax.selection import uniform_ranks
 
 Array = jax.Array
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @flax.struct.dataclass
@@ -52,7 +53,9 @@ def create(
   )
 
 
-def enqueue(bank: MemoryBank, new_keys: Array, num_new: Array) -> MemoryBank:
+def enqueue(
+  bank: MemoryBank, new_keys: Array, num_new: Array, *, num_parts: int = 1
+) -> MemoryBank:
   """Appends keys to every queue, pushing out the oldest.
 
   Args:
@@ -60,6 +63,8 @@ def enqueue(bank: MemoryBank, new_keys: Array, num_new: Array) -> MemoryBank:
     new_keys: [k, m, d], oldest first.
     num_new: [k] int32, how many of the m rows of each class are real. More
       than the capacity is fine: the last `capacity` of them stay.
+    num_parts: equal parts of the slots that each take their own keys, see
+      `negative_cosines`.
 
   Returns:
     The new bank.
@@ -69,20 +74,29 @@ def enqueue(bank: MemoryBank, new_keys: Array, num_new: Array) -> MemoryBank:
   num_new = num_new[:, None]
   written = (row < num_new) & (row >= num_new - capacity)
   slot = bank.offsets[:, None] + (bank.cursor[:, None] + row) % capacity
-  # Rows that are not real go past the end, where the scatter drops them.
-  slot = jnp.where(written, slot, bank.keys.shape[0])
-  keys = bank.keys.at[slot.ravel()].set(
-    new_keys.reshape(-1, new_keys.shape[-1]).astype(bank.keys.dtype),
-    mode="drop",
+  num_slots, width = bank.keys.shape
+  size = num_slots // num_parts
+  new_keys = new_keys.reshape(-1, width).astype(bank.keys.dtype)
+
+  def write(part: Array, first: Array) -> Array:
+    # Rows that are not real or belong to another part go past the end, where
+    # the scatter drops them.
+    mine = written & (slot >= first) & (slot < first + size)
+    local = jnp.where(mine, slot - first, size)
+    return part.at[local.ravel()].set(new_keys, mode="drop")
+
+  keys = jax.vmap(write)(
+    bank.keys.reshape(num_parts, size, width),
+    jnp.arange(num_parts, dtype=jnp.int32) * size,
   )
   return bank.replace(
-    keys=keys,
+    keys=keys.reshape(num_slots, width),
     count=jnp.minimum(bank.count + num_new[:, 0], capacity[:, 0]),
     cursor=(bank.cursor + num_new[:, 0]) % capacity[:, 0],
   )
 
 
-def sample(bank: MemoryBank, bits: Array) -> Array:
+def sample_slots(bank: MemoryBank, bits: Array) -> Array:
   """Draws keys uniformly with replacement from every queue.
 
   Args:
@@ -90,14 +104,85 @@ def sample(bank: MemoryBank, bits: Array) -> Array:
     bits: [k, ...] uint32; `bits % count` is the age rank, 0 the oldest.
 
   Returns:
-    [k, ..., d]; rows of an empty queue are meaningless.
+    Of the shape of `bits`, int32: rows of `bank.keys`; meaningless where the
+    queue is empty.
   """
   shape = (-1,) + (1,) * (bits.ndim - 1)
   capacity = jnp.asarray(bank.capacities, jnp.int32).reshape(shape)
   count, cursor = bank.count.reshape(shape), bank.cursor.reshape(shape)
   age_rank = uniform_ranks(bits, count)
-  slot = (cursor - count + age_rank) % capacity + bank.offsets.reshape(shape)
-  return bank.keys[slot]
+  return (cursor - count + age_rank) % capacity + bank.offsets.reshape(shape)
+
+
+@jax.named_scope("cosines")
+def negative_cosines(
+  bank: MemoryBank, slots: Array, anchors: Array, *, num_parts: int = 1
+) -> Array:
+  """Cosines of each anchor with its negatives; the gradient reaches anchors.
+
+  With several parts each compares the anchors of its own classes with its own
+  slots, so that of a bank that lies on several devices not a key travels: only
+  the cosines do.
+
+  Args:
+    bank: the bank.
+    slots: [k, a, m] int32, from `sample_slots`.
+    anchors: [k, a, d], of length 1.
+    num_parts: equal parts that `bank.keys` consists of; divides the number of
+      slots. No result depends on it.
+
+  Returns:
+    [k, a, m].
+  """
+  num_slots, width = bank.keys.shape
+  size = num_slots // num_parts
+  classes, holds = _classes_of_parts(bank.capacities, num_parts)
+  first = jnp.arange(num_parts, dtype=jnp.int32)[:, None, None, None] * size
+  local = slots[classes] - first
+  mine = (local >= 0) & (local < size)
+  negatives = jax.vmap(lambda part, index: part[index])(
+    bank.keys.reshape(num_parts, size, width), jnp.clip(local, 0, size - 1)
+  )
+  negatives = jax.lax.stop_gradient(negatives).astype(anchors.dtype)
+  cosines = jnp.einsum(
+    "skad,skamd->skam", anchors[classes], unit(negatives), precision=_HIGHEST
+  )
+  cosines = jnp.where(mine, cosines, 0)
+  # Back from the classes of each part to all classes, by a static table.
+  index = np.maximum(holds, 0)
+  by_class = jax.vmap(lambda part, row: part[row])(cosines, jnp.asarray(index))
+  here = (holds >= 0)[:, :, None, None]
+  return jnp.where(here, by_class, 0).sum(0)
+
+
+def _classes_of_parts(
+  capacities: tuple[int, ...], num_parts: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Which queues reach into which part of the slots.
+
+  Returns:
+    (classes [s, c] int32, the classes of each part, of which there are as many
+    in every part, some perhaps without a slot in it; holds [s, k] int32, the
+    index of a class in that row, -1 if it is not there).
+  """
+  ends = np.cumsum(capacities)
+  size = int(ends[-1]) // num_parts
+  begin = np.arange(num_parts) * size
+  first = np.searchsorted(ends, begin, side="right")
+  last = np.searchsorted(ends, begin + size - 1, side="right")
+  most = int((last - first).max()) + 1
+  first = np.minimum(first, len(capacities) - most)
+  classes = (first[:, None] + np.arange(most)).astype(np.int32)
+  holds = np.arange(len(capacities)) - first[:, None]
+  return classes, np.where((holds >= 0) & (holds < most), holds, -1).astype(
+    np.int32
+  )
+
+
+def unit(x: Array) -> Array:
+  """Rows to length 1; a zero row stays zero, with zero gradient."""
+  square = jnp.square(x).sum(-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-16))
 
 
 def queue(bank: MemoryBank, class_id: int) -> np.ndarray:

@@ -5,8 +5,12 @@ a class), so a set is a mask, and taking from it is arithmetic on counts. The
 one leaf that other leaves import.
 """
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -27,6 +31,7 @@ def _float_from_ordered_bits(bits: Array, dtype: jnp.dtype) -> Array:
   )
 
 
+@jax.named_scope("thresholds")
 def order_statistics(values: Array, mask: Array, ranks: Array) -> Array:
   """Exact order statistics of the values where `mask` is True.
 
@@ -61,6 +66,7 @@ def order_statistics(values: Array, mask: Array, ranks: Array) -> Array:
   return _float_from_ordered_bits(found, values.dtype)
 
 
+@jax.named_scope("thresholds")
 def masked_percentiles(values: Array, mask: Array, percents: Array) -> Array:
   """numpy.percentile (method 'linear') of the values where `mask` is True.
 
@@ -96,19 +102,99 @@ def masked_percentiles(values: Array, mask: Array, percents: Array) -> Array:
   return jnp.where(count > 0, result, 0)
 
 
-def nth_members(mask: Array, ranks: Array) -> Array:
-  """Positions of chosen members of several sets.
+class Members(NamedTuple):
+  """Where chosen members of several sets lie, as each part of a batch sees it.
+
+  Attributes:
+    index: [s, k, m] int32, pixel within the part.
+    here: [s, k, m] bool, whether the member lies in this part; it lies in one
+      of the parts, or in none if there is no such member.
+    image: [k, m] int32, the image in the order of the ranks.
+  """
+
+  index: Array
+  here: Array
+  image: Array
+
+
+def nth_members(
+  mask: Array,
+  ranks: Array,
+  *,
+  places: np.ndarray | None = None,
+  num_parts: int = 1,
+) -> Members:
+  """Finds members of several sets by rank, without gathering the sets.
+
+  A part of the batch looks among its own pixels alone; all that the parts have
+  to know of each other is how many members each image has. With the parts on
+  devices of their own, k * b numbers travel.
 
   Args:
-    mask: [k, p] bool, one set a row.
-    ranks: [k, m] int32, 0-based rank of the member in its row's order.
+    mask: [b, p, k] bool, the pixels of each image that belong to each set.
+    ranks: [k, m] int32, 0-based rank of the wanted member in its set, image
+      after image and pixel after pixel.
+    places: [b] int, where in the batch the image is that comes i-th in the
+      order of the ranks; None where they are in this order already.
+    num_parts: s, equal parts of the batch to be searched each on its own. No
+      result depends on it.
 
   Returns:
-    [k, m] int32 positions in [0, p); p - 1 where the rank does not exist.
+    `Members`, for `take_members` and `member_positions`.
   """
-  running = jnp.cumsum(mask, axis=1, dtype=jnp.int32)
-  find = jax.vmap(lambda row, rank: jnp.searchsorted(row, rank + 1))
-  return jnp.minimum(find(running, ranks), mask.shape[1] - 1)
+  batch, _, num_sets = mask.shape
+  if places is None:
+    places = np.arange(batch, dtype=np.int32)
+  counts = mask.sum(1, dtype=jnp.int32)
+  in_order = counts[places]
+  ends = jnp.cumsum(in_order, 0, dtype=jnp.int32)
+  find = jax.vmap(functools.partial(jnp.searchsorted, side="right"))
+  image = find(ends.T, ranks).astype(jnp.int32)
+  exists = (ranks >= 0) & (image < batch)
+  image = jnp.minimum(image, batch - 1)
+  rank_in_image = ranks - jnp.take_along_axis((ends - in_order).T, image, 1)
+
+  # The same member by its rank within its part.
+  place = jnp.asarray(places)[image]
+  by_part = counts.reshape(num_parts, -1, num_sets)
+  starts = (jnp.cumsum(by_part, 1, dtype=jnp.int32) - by_part).reshape(
+    batch, num_sets
+  )
+  rank_in_part = rank_in_image + jnp.take_along_axis(starts.T, place, 1)
+  part = jnp.arange(num_parts, dtype=jnp.int32)[:, None, None]
+  here = exists & (place // (batch // num_parts) == part)
+
+  pixels = mask.reshape(num_parts, -1, num_sets).transpose(0, 2, 1)
+  running = jnp.cumsum(pixels, axis=2, dtype=jnp.int32)
+  index = jax.vmap(jax.vmap(jnp.searchsorted))(
+    running, jnp.where(here, rank_in_part, 0) + 1
+  )
+  index = jnp.minimum(index, pixels.shape[2] - 1).astype(jnp.int32)
+  return Members(index, here, image)
+
+
+def take_members(values: Array, members: Members) -> Array:
+  """Rows of the members.
+
+  Args:
+    values: [b, p, d], of all pixels, in the order of the mask.
+    members: from `nth_members`.
+
+  Returns:
+    [k, m, d]; zeros where there is no such member. The sum over the parts, of
+    which all but one are zero, is exact in any type.
+  """
+  num_parts = members.index.shape[0]
+  parts = values.reshape(num_parts, -1, values.shape[-1])
+  rows = jax.vmap(lambda part, index: part[index])(parts, members.index)
+  return jnp.where(members.here[..., None], rows, 0).sum(0, dtype=values.dtype)
+
+
+def member_positions(members: Members, pixels_per_image: int) -> Array:
+  """[k, m] int32, image * p + pixel in the order of the ranks; -1 for none."""
+  pixel = members.index % pixels_per_image
+  position = members.image * pixels_per_image + pixel
+  return jnp.where(members.here, position + 1, 0).sum(0) - 1
 
 
 def uniform_ranks(bits: Array, counts: Array) -> Array:

@@ -1,11 +1,13 @@
 """Where arrays live: the only file that builds a Mesh or a NamedSharding.
 
 One axis, 'data', over all devices. Batches are split along it, the state is
-replicated; a step sees global arrays, so its means and batch statistics are
-over the global batch whatever the number of devices.
+replicated (the memory bank only if it is told so); a step sees global arrays,
+so its means and batch statistics are over the global batch whatever the number
+of devices.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,6 +31,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharded(mesh: Mesh) -> NamedSharding:
   """The first axis is split over the devices."""
   return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def state_shardings(mesh: Mesh, state: Any, *, split_bank: bool) -> Any:
+  """A sharding for each leaf of a `TrainState`, arrays or shapes.
+
+  Args:
+    mesh: from `create_mesh`.
+    state: everything in it is replicated, except
+    split_bank: the slots of `state.memory_bank.keys`, if this is True.
+
+  Returns:
+    The same structure.
+  """
+  shardings = jax.tree.map(lambda _: replicated(mesh), state)
+  if not split_bank:
+    return shardings
+  # The queues lie one after another along the first axis.
+  bank = shardings.memory_bank.replace(keys=batch_sharded(mesh))
+  return shardings.replace(memory_bank=bank)
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict:

@@ -104,29 +104,19 @@ def classmix_mask(labels: Array, scores: Array, ignore_label: int) -> Array:
   )
 
 
-def apply_mix(
-  draw: MixDraw,
-  mix: str,
-  images: Array,
-  pseudo_labels: Array,
-  confidence: Array,
-  *,
-  ignore_label: int,
-) -> tuple[Array, Array, Array, Array]:
-  """Mixes images, pseudo labels and confidences alike.
-
-  The partner of image i is the unmixed image i + 1 of the global batch.
+def mix_mask(
+  draw: MixDraw, mix: str, pseudo_labels: Array, *, ignore_label: int
+) -> Array:
+  """Where each image keeps its own pixels.
 
   Args:
     draw: from `draw_mix` with the same `mix`.
     mix: one of `MIXES`.
-    images: [b, h, w, 3] normalised, so that CutOut's 0 is the mean colour.
-    pseudo_labels: [b, h, w] int.
-    confidence: [b, h, w] float.
-    ignore_label: what CutOut writes into the labels.
+    pseudo_labels: [b, h, w] int, before mixing.
+    ignore_label: of the pixels that have none.
 
   Returns:
-    (images, pseudo_labels, confidence, keep_mask [b, h, w] bool).
+    [b, h, w] bool.
 
   Raises:
     ValueError: unknown mix.
@@ -134,21 +124,40 @@ def apply_mix(
   if mix not in MIXES:
     raise ValueError(f"strong.mix={mix!r}: choose one of {list(MIXES)}")
   if mix == "none":
-    keep_mask = jnp.ones(pseudo_labels.shape, bool)
-  elif mix == "classmix":
+    return jnp.ones(pseudo_labels.shape, bool)
+  if mix == "classmix":
     keep_mask = classmix_mask(pseudo_labels, draw.class_scores, ignore_label)
   else:
     keep_mask = draw.keep_mask
-  keep_mask = keep_mask | ~draw.apply
+  return keep_mask | ~draw.apply
 
-  def fill(x, blank):
-    other = blank if mix == "cutout" else jnp.roll(x, -1, axis=0)
-    mask = keep_mask.reshape(keep_mask.shape + (1,) * (x.ndim - 3))
-    return jnp.where(mask, x, jnp.asarray(other, x.dtype))
 
-  return (
-    fill(images, 0),
-    fill(pseudo_labels, ignore_label),
-    fill(confidence, 0),
-    keep_mask,
-  )
+@jax.named_scope("mixing")
+def partners(x: Array) -> Array:
+  """Rows of the images that those of a batch are mixed with.
+
+  The partner of image i is image i + 1 of the global batch, so one image of
+  each device's share comes from another device. What can travel as uint8 (an
+  image before normalisation) or as four numbers (a box) should.
+  """
+  return jnp.roll(x, -1, axis=0)
+
+
+def fill(
+  own: Array, partner: Array, keep_mask: Array, mix: str, blank: float
+) -> Array:
+  """Fills what an image does not keep, from its partner or with a constant.
+
+  Args:
+    own: [b, h, w, ...], images, pseudo labels or whatever lies on the pixels.
+    partner: the same of the unmixed partners, see `partners`.
+    keep_mask: [b, h, w] bool, from `mix_mask`.
+    mix: one of `MIXES`.
+    blank: the constant of cutout.
+
+  Returns:
+    Of the shape and type of `own`.
+  """
+  other = jnp.asarray(blank, own.dtype) if mix == "cutout" else partner
+  mask = keep_mask.reshape(keep_mask.shape + (1,) * (own.ndim - 3))
+  return jnp.where(mask, own, other)

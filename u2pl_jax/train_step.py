@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from u2pl_jax import ema, losses, reliability, strong_augmentation
+from u2pl_jax import ema, halves, losses, reliability, strong_augmentation
 from u2pl_jax.contrastive import (
   class_membership,
   contrastive_loss,
   floor_and_chance,
 )
-from u2pl_jax.images import inside_box, normalise
+from u2pl_jax.images import inside_box, normalise, normalise_inside
 from u2pl_jax.models.layers import resize_bilinear, resize_nearest
 from u2pl_jax.photometric import PhotometricSettings, apply_photometric
 from u2pl_jax.rngs import SemiSupervisedDraws, SupervisedDraws
@@ -83,6 +83,25 @@ class Recipe:
   ema_max_decay: float
   quirks: frozenset[str] = frozenset()
   photometric: PhotometricSettings | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Over how many devices a step's arrays are split, static.
+
+  No result depends on it: it says what must be found without leaving a device.
+
+  Attributes:
+    pixel_parts: equal parts of the batch.
+    bank_parts: equal parts of the memory bank's slots, 1 where every device
+      has them all.
+  """
+
+  pixel_parts: int = 1
+  bank_parts: int = 1
+
+
+ONE_DEVICE = Layout()
 
 
 @flax.struct.dataclass
@@ -239,6 +258,7 @@ def semi_supervised_step(
   model: nn.Module,
   tx: optax.GradientTransformation,
   recipe: Recipe,
+  layout: Layout = ONE_DEVICE,
   trace: bool = False,
 ) -> tuple[TrainState, Metrics]:
   """One update of U2PL (algorithm 1 of the paper).
@@ -247,9 +267,9 @@ def semi_supervised_step(
     state: donated by the caller.
     batch_l, batch_u: global batches of equal crop size.
     draws: from `rngs.draw_semi_supervised`.
-    model, tx, recipe: static.
+    model, tx, recipe, layout: static.
     trace: put the step's decisions (masks, pseudo labels, outputs) into
-      metrics['trace']; compiled away otherwise.
+      metrics['trace'], labelled images first; compiled away otherwise.
 
   Returns:
     (next state, metrics). Vectors in the metrics have one entry a class.
@@ -260,9 +280,8 @@ def semi_supervised_step(
   images_l = normalise(
     batch_l.image, batch_l.valid_box, recipe.mean, recipe.std
   )
-  images_u = normalise(
-    batch_u.image, batch_u.valid_box, recipe.mean, recipe.std
-  )
+  inside_u = inside_box(batch_u.valid_box, height, width)
+  images_u = normalise_inside(batch_u.image, inside_u, recipe.mean, recipe.std)
   labels_l = batch_l.label.astype(jnp.int32)
   progress = training_progress(state.step, recipe)
   teacher = _hand_over(state, recipe)
@@ -274,21 +293,36 @@ def semi_supervised_step(
   confidence = probs.max(-1)
   if "zero_padding_label" not in quirks:
     # Padding is no image: it gets no pseudo label.
-    inside = inside_box(batch_u.valid_box, height, width)
-    pseudo_labels = jnp.where(inside, pseudo_labels, ignore)
+    pseudo_labels = jnp.where(inside_u, pseudo_labels, ignore)
   unmixed = {"pseudo_labels": pseudo_labels, "confidence": confidence}
+  confidence = losses.masked_mean(confidence, pseudo_labels != ignore)
 
   # Strong view. Photometric changes are for the student alone: the teacher
   # judges the same mixed pixels in their own colours.
-  mix = functools.partial(
-    strong_augmentation.apply_mix,
-    draws.mix,
-    recipe.mix,
-    pseudo_labels=pseudo_labels,
-    confidence=confidence,
-    ignore_label=ignore,
+  keep_mask = strong_augmentation.mix_mask(
+    draws.mix, recipe.mix, pseudo_labels, ignore_label=ignore
   )
-  strong_u = None
+  fill = functools.partial(
+    strong_augmentation.fill, keep_mask=keep_mask, mix=recipe.mix
+  )
+  partners = strong_augmentation.partners
+  inside_u = fill(
+    inside_u,
+    inside_box(partners(batch_u.valid_box), height, width),
+    blank=False,
+  )
+
+  def mixed(images):
+    images = fill(images, partners(images), blank=0)
+    return normalise_inside(images, inside_u, recipe.mean, recipe.std)
+
+  # A partner comes from another device, so it comes as bytes.
+  small_labels = pseudo_labels.astype(jnp.uint8)
+  pseudo_labels = fill(
+    small_labels, partners(small_labels), blank=ignore
+  ).astype(jnp.int32)
+  images = halves.interleave(images_l, mixed(batch_u.image))
+  student_images = images
   if recipe.photometric is not None:
     strong_u = apply_photometric(
       draws.photometric,
@@ -296,14 +330,7 @@ def semi_supervised_step(
       batch_u.valid_box,
       max_sigma=recipe.photometric.blur_sigma[1],
     )
-    strong_u, *_ = mix(
-      normalise(strong_u, batch_u.valid_box, recipe.mean, recipe.std)
-    )
-  images_u, pseudo_labels, confidence, keep_mask = mix(images_u)
-  images = jnp.concatenate([images_l, images_u])
-  student_images = images
-  if strong_u is not None:
-    student_images = jnp.concatenate([images_l, strong_u])
+    student_images = halves.interleave(images_l, mixed(strong_u))
 
   # The teacher's second pass: strong view, batch statistics. It judges
   # reliability, and gives prototypes and negatives.
@@ -314,21 +341,20 @@ def semi_supervised_step(
     images,
     draws.teacher_dropout,
   )
-  entropies = reliability.entropy(
-    resize_bilinear(t_out.logits[num_l:], (height, width))
-  )
+  _, t_logits_u = halves.separate(t_out.logits, num_l)
+  entropies = reliability.entropy(resize_bilinear(t_logits_u, (height, width)))
   alpha = reliability.unreliable_percent(recipe.alpha0, progress)
   reliable = reliability.assess(entropies, pseudo_labels != ignore, alpha)
   kept_labels = jnp.where(reliable.keep_mask, pseudo_labels, ignore)
 
-  # Masks on the feature grid, labelled images first.
+  # Masks on the feature grid, in the order of the network's batch.
   grid = t_out.logits.shape[1:3]
   grid_labels_l = resize_nearest(labels_l, grid)
   grid_labels_u = resize_nearest(pseudo_labels, grid)
   valid_l = grid_labels_l != ignore
   on_grid = {
-    "membership": jnp.concatenate(
-      [
+    "membership": halves.interleave(
+      *(
         class_membership(
           labels,
           num_classes=num_classes,
@@ -336,14 +362,14 @@ def semi_supervised_step(
           batch_onehot="batch_onehot" in quirks,
         )
         for labels in (grid_labels_l, grid_labels_u)
-      ]
+      )
     ),
-    "valid_mask": jnp.concatenate([valid_l, grid_labels_u != ignore]),
-    "reliable_mask": jnp.concatenate(
-      [valid_l, resize_nearest(reliable.reliable_mask, grid)]
+    "valid_mask": halves.interleave(valid_l, grid_labels_u != ignore),
+    "reliable_mask": halves.interleave(
+      valid_l, resize_nearest(reliable.reliable_mask, grid)
     ),
-    "unreliable_mask": jnp.concatenate(
-      [valid_l, resize_nearest(reliable.unreliable_mask, grid)]
+    "unreliable_mask": halves.interleave(
+      valid_l, resize_nearest(reliable.unreliable_mask, grid)
     ),
     "teacher_probs": jax.nn.softmax(t_out.logits),
   }
@@ -356,10 +382,13 @@ def semi_supervised_step(
       student_images,
       draws.student_dropout,
     )
-    aux_l = None if outputs.aux_logits is None else outputs.aux_logits[:num_l]
-    sup_loss = _supervised_loss(outputs.logits[:num_l], aux_l, labels_l, recipe)
+    logits_l, logits_u = halves.separate(outputs.logits, num_l)
+    aux_l = None
+    if outputs.aux_logits is not None:
+      aux_l, _ = halves.separate(outputs.aux_logits, num_l)
+    sup_loss = _supervised_loss(logits_l, aux_l, labels_l, recipe)
     unsup_loss = losses.unsupervised_loss(
-      resize_bilinear(outputs.logits[num_l:], (height, width)),
+      resize_bilinear(logits_u, (height, width)),
       kept_labels,
       ignore_label=ignore,
     )
@@ -368,6 +397,9 @@ def semi_supervised_step(
       t_out.reps,
       **on_grid,
       num_labelled=num_l,
+      places=halves.places(num_l, len(batch_u.image)),
+      pixel_parts=layout.pixel_parts,
+      bank_parts=layout.bank_parts,
       memory_bank=state.memory_bank,
       anchor_bits=draws.anchor_bits,
       negative_bits=draws.negative_bits,
@@ -410,17 +442,19 @@ def semi_supervised_step(
 
   valid_u = pseudo_labels != ignore
   floor, chance = floor_and_chance(recipe.num_negatives, recipe.temperature)
-  agree = outputs.logits[num_l:].argmax(-1) == t_out.logits[num_l:].argmax(-1)
+  logits_l, logits_u = halves.separate(outputs.logits, num_l)
+  agree = logits_u.argmax(-1) == t_logits_u.argmax(-1)
   metrics = {
     "sup_loss": sup_loss,
     "unsup_loss": unsup_loss,
     "contra_loss": contrast.loss,
     "total_loss": total_loss,
     "grad_norm": optax.tree.norm(grads),
-    "pixel_accuracy_l": _accuracy(outputs.logits[:num_l], labels_l, recipe),
+    "pixel_accuracy_l": _accuracy(logits_l, labels_l, recipe),
     "alpha": alpha,
     "ema_decay": decay,
-    "confidence": losses.masked_mean(confidence, valid_u),
+    # Before mixing, so that no confidences have to be mixed.
+    "confidence": confidence,
     "mixed": draws.mix.apply.astype(jnp.float32),
     "kept_share": _ratio(reliable.keep_mask.sum(), valid_u.sum()),
     "keep_threshold": reliable.keep_threshold,
@@ -441,20 +475,23 @@ def semi_supervised_step(
     / jnp.asarray(contrast.memory_bank.capacities, jnp.float32),
   }
   if trace:
+    in_batch = {
+      "images": images,
+      "student_images": student_images,
+      "student": outputs,
+      "teacher": t_out,
+      **on_grid,
+    }
     metrics["trace"] = {
       **unmixed,
       "mixed_pseudo_labels": pseudo_labels,
       "kept_labels": kept_labels,
-      "images": images,
-      "student_images": student_images,
       "mix_mask": keep_mask,
       "entropies": entropies,
-      "student": outputs,
-      "teacher": t_out,
       "teacher_used": teacher,
       "contrast": contrast._replace(memory_bank=None),
       "grads": grads,
-      **on_grid,
+      **jax.tree.map(lambda x: halves.labelled_first(x, num_l), in_batch),
     }
   return new_state, metrics
 

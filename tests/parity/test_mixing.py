@@ -40,13 +40,15 @@ def test_mix(arrays, prefix, mix):
     None if mix == "classmix" else jnp.asarray(mask),
     None if scores is None else jnp.asarray(scores),
   )
-  images, mixed, confidence, keep_mask = strong.apply_mix(
-    draw,
-    mix,
-    real(arrays[f"{prefix}_data"]),
-    jnp.asarray(labels),
-    real(arrays[f"{prefix}_logits"]),
-    ignore_label=IGNORE,
+  labels = jnp.asarray(labels)
+  keep_mask = strong.mix_mask(draw, mix, labels, ignore_label=IGNORE)
+  images, mixed, confidence = (
+    strong.fill(x, strong.partners(x), keep_mask, mix, blank)
+    for x, blank in (
+      (real(arrays[f"{prefix}_data"]), 0),
+      (labels, IGNORE),
+      (real(arrays[f"{prefix}_logits"]), 0),
+    )
   )
   same("mixing", "mask", keep_mask, mask)
   same("mixing", "data", images, arrays[f"{prefix}_{mix}:data"])
