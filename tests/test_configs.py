@@ -412,6 +412,13 @@ def test_every_key_has_a_comment():
     ("contrastive.low_rank=0", "low_rank=0.*at least 1"),
     ("seed=-1", "seed=-1"),
     ("teacher.ema_decay=1.5", "ema_decay=1.5"),
+    ("memory_bank.dtype='float16'", "'float16'.*float32, bfloat16"),
+    ("sharding.memory_bank='split'", "'split'.*replicated, classes"),
+    # 60 slots of class 0 and 41 of each of the other 5.
+    (
+      "sharding.memory_bank='classes',memory_bank.capacity=41",
+      "265 slots.*6 queues.*4 devices.*capacity",
+    ),
   ],
 )
 def test_impossible_values(change, message):

@@ -89,7 +89,16 @@ class TestEqual:
       np.testing.assert_allclose(runs[name][who], runs["1"][who], atol=1e-5)
 
 
-@pytest.mark.parametrize("memory_bank", ["replicated", "classes"])
+def test_supervised_steps_are_equal(runs):
+  np.testing.assert_allclose(
+    runs["4"]["supervised"], runs["1"]["supervised"], rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  "memory_bank",
+  ["replicated", pytest.param("classes", marks=pytest.mark.slow)],
+)
 def test_what_travels_keeps_to_the_budget(tmp_path, memory_bank):
   """On crops of 129x129, whose gathered images alone would be twice that."""
   path = tmp_path / "step.json"

@@ -3,6 +3,7 @@ import collections
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,3 +79,42 @@ def test_enqueue_keeps_the_dtype_of_the_bank():
   )
   assert bank.keys.dtype == jnp.bfloat16
   assert memory_bank.queue(bank, 0).tolist() == [[1.5, 1.5]]
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 4, 8, 16])
+def test_parts_change_nothing(num_parts):
+  """Queues of 5, 3, 1 and 7 slots, wherever the parts are cut."""
+  capacities = (5, 3, 1, 7)
+  rng = np.random.default_rng(0)
+  bank = whole = memory_bank.create(capacities, 3)
+  for counts in ([3, 0, 1, 9], [4, 2, 0, 0], [9, 9, 9, 1]):
+    new = jnp.asarray(rng.standard_normal((4, 9, 3)), jnp.float32)
+    counts = jnp.asarray(counts, jnp.int32)
+    bank = memory_bank.enqueue(bank, new, counts, num_parts=num_parts)
+    whole = memory_bank.enqueue(whole, new, counts)
+  np.testing.assert_array_equal(bank.keys, whole.keys)
+  bits = jnp.asarray(rng.integers(0, 2**32, (4, 6, 20)), jnp.uint32)
+  slots = memory_bank.sample_slots(bank, bits)
+  # All slots are drawn, those of the first and the last row too.
+  assert set(np.ravel(slots)) == set(range(16))
+  anchors = rng.standard_normal((4, 6, 3)).astype(np.float32)
+  anchors /= np.linalg.norm(anchors, axis=-1, keepdims=True)
+  keys = np.asarray(bank.keys)
+  keys = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
+
+  def cosines(anchors):
+    return memory_bank.negative_cosines(
+      bank, slots, anchors, num_parts=num_parts
+    )
+
+  np.testing.assert_allclose(
+    cosines(anchors),
+    np.einsum("kad,kamd->kam", anchors, keys[np.asarray(slots)]),
+    atol=1e-6,
+  )
+  # The gradient of a sum of cosines is the sum of the keys.
+  np.testing.assert_allclose(
+    jax.grad(lambda a: cosines(a).sum())(jnp.asarray(anchors)),
+    keys[np.asarray(slots)].sum(2),
+    atol=1e-5,
+  )

@@ -1,9 +1,5 @@
 """Both steps as the trainer compiles them, on random data."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,46 +208,3 @@ def test_every_quirk_at_once_runs_and_changes_the_step():
   membership = trace["membership"]
   assert not membership[1:4].any() and not membership[5:].any()
   assert membership[0].sum() > membership[0].any(-1).sum()
-
-
-MULTI_DEVICE = """
-import jax, numpy as np
-from configs import testing
-from u2pl_jax import build as build_lib
-import sys; sys.path.insert(0, {tests!r})
-from test_train_step import DATA, run_steps
-results = []
-# A rate at which rounding is not amplified from step to step.
-config = testing.get_config()
-config.optimizer.learning_rate = 0.001
-for devices in (jax.devices()[:1], jax.devices()):
-  program = build_lib.build(config, DATA, devices=devices)
-  results.append(run_steps(program, 4))
-(one_states, one), (four_states, four) = results
-assert len(jax.devices()) == 4
-for a, b in zip(one, four):
-  for name in ("sup_loss", "unsup_loss", "contra_loss", "keep_threshold"):
-    if name in a:
-      np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
-  if "keys_enqueued" in a:
-    for name in ("key_candidates_l", "key_candidates_u", "keys_enqueued"):
-      np.testing.assert_array_equal(a[name], b[name])
-jax.tree.map(
-  lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5),
-  one_states[-1].student, four_states[-1].student)
-print("equal")
-"""
-
-
-def test_four_devices_equal_one():
-  """Warm-up and semi-supervised steps, in a process with 4 CPU devices."""
-  tests = os.path.dirname(__file__)
-  result = subprocess.run(
-    [sys.executable, "-c", MULTI_DEVICE.format(tests=tests)],
-    cwd=os.path.dirname(tests),
-    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
-    capture_output=True,
-    text=True,
-    timeout=600,
-  )
-  assert result.stdout.strip().endswith("equal"), result.stderr[-3000:]
