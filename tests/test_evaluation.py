@@ -1,5 +1,11 @@
 """Protocols on the device, against NumPy and plain loops."""
 
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -263,6 +269,39 @@ def batches(name, rows):
         made["label"][row, top : top + h, left : left + w] = label
         made["valid_box"][row] = top, left, top + h, left + w
       yield made
+
+
+def counted_on(num_devices, rows):
+  """[[n, k, k]] of two protocols, as JSON."""
+  found = []
+  for name, scale in (("padded", 1.0), ("sliding_window", 0.5)):
+    evaluator = Evaluator(
+      Asymmetric(),
+      sharding.create_mesh(jax.devices()[:num_devices]),
+      protocol(name, (scale,), False),
+      settings(3),
+    )
+    counted = evaluator.count(NOTHING, batches(name, rows), len(SIZES))
+    found.append(counted.confusions.tolist())
+  return found
+
+
+def test_three_devices_with_a_remainder_are_one():
+  """5 images in batches of 3; groups of 2 and of 1 image have fillers."""
+  result = subprocess.run(
+    [
+      sys.executable,
+      "-c",
+      "from tests import test_evaluation as t; print(t.counted_on(3, 3))",
+    ],
+    cwd=pathlib.Path(__file__).parent.parent,
+    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert result.returncode == 0, result.stderr
+  assert json.loads(result.stdout) == counted_on(1, 1)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,8 @@ def _evaluate() -> None:
       std=trained.info.std,
     ),
   )
+  print(_network(trained.path, trained.step, trained.weights))
+  print(_describe(protocol.settings()), flush=True)
   start = time.perf_counter()
   with parallel.progress(len(data.validation), "evaluating", "image") as bar:
     counts = evaluate_images(
@@ -217,8 +219,8 @@ def _batch_size(config: ml_collections.ConfigDict, num_devices: int) -> int:
     return -(-config.eval.batch // num_devices) * num_devices
   if _BATCH.value < 1 or _BATCH.value % num_devices:
     raise ConfigError(
-      f"--batch={_BATCH.value} does not divide over {num_devices} devices:"
-      f" choose a multiple of {num_devices}"
+      f"--batch={_BATCH.value}: must be a positive multiple of the number of"
+      f" devices, {num_devices}"
     )
   return _BATCH.value
 
@@ -240,18 +242,23 @@ def _count(number: int, unit: str) -> str:
   return f"{number} {unit}" + ("" if number == 1 else "s")
 
 
+def _network(path: str, step: int | None, weights: str) -> str:
+  of_step = "" if step is None else f" of step {step}"
+  return f"{weights or 'network'}{of_step} of {path}"
+
+
+def _describe(protocol: Mapping[str, Any]) -> str:
+  settings = ", ".join(
+    f"{key} {value}"
+    for key, value in protocol.items()
+    if key != "name" and value is not None
+  )
+  return f"protocol {protocol['name']} ({settings})"
+
+
 def _print_summary(
   record: EvaluationRecord, summary: Mapping[str, Any]
 ) -> None:
-  network = record.weights or "network"
-  step = "" if record.step is None else f" of step {record.step}"
-  print(f"{network}{step} of {record.checkpoint}")
-  settings = ", ".join(
-    f"{key} {value}"
-    for key, value in record.protocol.items()
-    if key != "name" and value is not None
-  )
-  print(f"protocol {record.protocol['name']} ({settings})")
   width = max(map(len, record.class_names))
   print(f"  {'class':{width}}      IoU  boundary IoU")
   for name in record.class_names:
@@ -283,8 +290,10 @@ def _compare(path_a: str, path_b: str) -> None:
   comparison = evaluation_record.compare(a, b)
   if _OUTPUT.value is not None:
     _write_comparison(_OUTPUT.value, comparison)
-  print(f"A {path_a}: {a.checkpoint}, step {a.step}, {a.weights}")
-  print(f"B {path_b}: {b.checkpoint}, step {b.step}, {b.weights}")
+  for name, path, record in (("A", path_a, a), ("B", path_b, b)):
+    network = _network(record.checkpoint, record.step, record.weights)
+    print(f"{name} {path}: {network}")
+  print(_describe(a.protocol))
   width = max(map(len, (*a.class_names, "class")))
   print(f"  {'class':{width}}        A        B    B - A  95 % interval")
   rows = [*comparison["iou"].items(), ("mIoU", comparison["miou"])]
