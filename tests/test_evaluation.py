@@ -271,6 +271,54 @@ def batches(name, rows):
       yield made
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_scaled_crop_counts_its_padding(flip):
+  """The crop with its padding is the image that is resized."""
+  image, label = photographs()[0]
+  made = {
+    "image": np.zeros((1, 27, 35, 3), np.uint8),
+    "label": np.full((1, 27, 35), 255, np.uint8),
+    "valid_box": np.asarray([[2, 2, 25, 33]], np.int32),
+    "index": np.zeros(1, np.int32),
+    "is_real": np.ones(1, bool),
+  }
+  made["image"][0, 2:25, 2:33], made["label"][0, 2:25, 2:33] = image, label
+  evaluator = Evaluator(
+    Asymmetric(),
+    sharding.create_mesh(jax.devices()[:1]),
+    Protocol("center_crop", (27, 35), None, (1.0, 1.3), flip),
+    settings(3),
+  )
+  counted = evaluator.count(NOTHING, [made], 1)
+  x = np.zeros((27, 35, 3))
+  x[2:25, 2:33] = (image.astype(float) - 100) / 50
+  found = []
+  for size in ((27, 35), (35, 46)):
+    for function in (network, mirrored_network)[: 1 + flip]:
+      logits = resized(function(resized(x, size)), (27, 35))
+      exp = np.exp(logits - logits.max(-1, keepdims=True))
+      found.append(exp / exp.sum(-1, keepdims=True))
+  truth = np.zeros((27, 35), int)
+  truth[2:25, 2:33] = label
+  confusion = np.zeros((3, 3), int)
+  valid = truth != 255
+  np.add.at(confusion, (truth[valid], np.mean(found, 0).argmax(-1)[valid]), 1)
+  np.testing.assert_array_equal(counted.confusions[0], confusion)
+
+
+def test_many_compilations_are_announced(monkeypatch, caplog):
+  monkeypatch.setattr("u2pl_jax.evaluator._MANY_SHAPES", 3)
+  evaluator = Evaluator(
+    Asymmetric(),
+    sharding.create_mesh(jax.devices()[:1]),
+    Protocol("whole"),
+    settings(3),
+  )
+  evaluator.count(NOTHING, batches("whole", 2), len(SIZES))
+  assert evaluator.num_compilations == 4
+  assert caplog.text.count("compiles the network for every size") == 1
+
+
 def counted_on(num_devices, rows):
   """[[n, k, k]] of two protocols, as JSON."""
   found = []

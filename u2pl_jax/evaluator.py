@@ -33,7 +33,7 @@ from u2pl_jax.train_state import Variables
 
 logger = logging.getLogger(__name__)
 
-# Of 'whole': a compilation takes a minute for a large network.
+# Of 'whole': a compilation may take a minute for a large network.
 _MANY_SHAPES = 8
 
 # Batches whose counts may be waiting: the device works while the host reads.
