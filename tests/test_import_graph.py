@@ -25,6 +25,7 @@ _LEAF_LEVELS = (
     "losses",
     "metrics",
     "optimizer",
+    "plateau",
     "reliability",
     "rngs",
   },

@@ -1,5 +1,7 @@
 """Refuses configs that cannot work, before anything is read or compiled."""
 
+import itertools
+
 import ml_collections
 
 from input_pipeline import ConfigError
@@ -11,6 +13,7 @@ from u2pl_jax.strong_augmentation import MIXES
 from u2pl_jax.train_step import QUIRKS
 
 METHODS = ("u2pl", "supervised")
+SCHEDULES = ("poly", "cosine", "multistep", "plateau")
 
 
 def parse_quirks(text: str) -> frozenset[str]:
@@ -59,6 +62,35 @@ def _in_range(key: str, value: float, low: float, high: float) -> None:
     low <= value <= high,
     f"config.{key}={value}: must be between {low} and {high}",
   )
+
+
+def _check_schedule(optimizer: ml_collections.ConfigDict) -> None:
+  _choice("optimizer.schedule", optimizer.schedule, SCHEDULES)
+  _require(
+    0 < optimizer.decay_factor < 1,
+    f"config.optimizer.decay_factor={optimizer.decay_factor}: must lie between"
+    " 0 and 1, both excluded",
+  )
+  # With 0 before and 1 behind, they must rise.
+  milestones = tuple(optimizer.milestones)
+  bounded = (0, *milestones, 1)
+  _require(
+    all(a < b for a, b in itertools.pairwise(bounded)),
+    f"config.optimizer.milestones={milestones}: needs rising shares of the"
+    " training between 0 and 1, both excluded",
+  )
+  plateau = optimizer.plateau
+  _require(
+    plateau.patience >= 1,
+    f"config.optimizer.plateau.patience={plateau.patience}: must be at least 1",
+  )
+  _require(
+    plateau.reductions >= 0,
+    f"config.optimizer.plateau.reductions={plateau.reductions}: must not be"
+    " negative",
+  )
+  # A threshold in percent would never see an improvement.
+  _in_range("optimizer.plateau.threshold", plateau.threshold, 0, 0.5)
 
 
 def check_config(
@@ -158,6 +190,7 @@ def check_config(
   for key in ("learning_rate", "head_multiplier"):
     value = config.optimizer[key]
     _require(value > 0, f"config.optimizer.{key}={value}: must be positive")
+  _check_schedule(config.optimizer)
   _require(
     config.optimizer.weight_decay >= 0,
     f"config.optimizer.weight_decay={config.optimizer.weight_decay}:"
