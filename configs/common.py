@@ -262,6 +262,12 @@ def get_base_config() -> ml_collections.ConfigDict:
   log.every_steps = 50
   # Images drawn in the report.
   log.report_images = 8
+  # Epochs between pictures of a few validation images (image | truth |
+  # prediction | entropy) in TensorBoard and Weights & Biases; 0 for none.
+  log.images_every_epochs = 10
+  # Weights & Biases project that gets the metrics too, '' for none. Needs the
+  # package wandb; its WANDB_* environment variables apply.
+  log.wandb_project = ""
   return config
 
 

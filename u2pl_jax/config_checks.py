@@ -220,6 +220,7 @@ def check_config(
     ("eval.oracle_images", config.eval.oracle_images),
     ("input.num_workers", config.input.num_workers),
     ("log.report_images", config.log.report_images),
+    ("log.images_every_epochs", config.log.images_every_epochs),
   ):
     _require(value >= 0, f"config.{key}={value}: must not be negative")
 

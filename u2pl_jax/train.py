@@ -40,6 +40,7 @@ from u2pl_jax.data import (
   open_eval_stream,
   open_train_stream,
 )
+from u2pl_jax.image_strip import image_strip
 from u2pl_jax.models.weight_files import WeightsError
 from u2pl_jax.train_state import TrainState, Variables
 from u2pl_jax.train_step import Recipe
@@ -49,6 +50,9 @@ logger = logging.getLogger(__name__)
 # Updates that may be queued on the device. More would hide nothing more, and
 # each holds a batch in its memory.
 _MAX_IN_FLIGHT = 2
+
+# Validation images in TensorBoard, of those in the report.
+_NUM_LOGGED_IMAGES = 4
 
 # A non-finite one of these means that the parameters are lost.
 _VITAL_METRICS = (
@@ -91,6 +95,7 @@ def train_and_evaluate(
   check_config(
     config, num_classes=info.num_classes, num_devices=jax.device_count()
   )
+  writers.check_sinks(config)
   prepare_dataset(config.dataset)
   data = load_data(config, info)
   writers.check_workdir(workdir, config)
@@ -138,8 +143,8 @@ def train_and_evaluate(
     if not was_finished:
       writer = None
       if is_main:
-        writer = writers.MetricsWriter(
-          workdir, class_names=info.class_names, last_step=meta.step
+        writer = writers.open_writer(
+          workdir, config, class_names=info.class_names, last_step=meta.step
         )
         stack.callback(writer.close)
       run = _Run(config, program, data, checkpoints, writer)
@@ -311,9 +316,14 @@ def report_samples(
   program: Program,
   data: Data,
   variables: Variables,
+  *,
+  most: int | None = None,
 ) -> list[report.Sample]:
-  """The first validation images with what the network makes of them."""
-  ids = data.validation[: config.log.report_images]
+  """The first validation images with what the network makes of them.
+
+  As many as config.log.report_images says, and not more than `most`.
+  """
+  ids = data.validation[: config.log.report_images][:most]
   if not ids:
     return []
   samples = {}
@@ -489,8 +499,12 @@ class _Run:
     log_due = is_due(config.log.every_steps)
     eval_due = is_due(config.eval.every_epochs * recipe.steps_per_epoch)
     save_due = is_due(config.checkpoint.every_epochs * recipe.steps_per_epoch)
+    image_epochs = config.log.images_every_epochs
+    images_due = image_epochs > 0 and is_due(
+      image_epochs * recipe.steps_per_epoch
+    )
     meta = dataclasses.replace(meta, step=step)
-    if not (log_due or eval_due or save_due):
+    if not (log_due or eval_due or save_due or images_due):
       return state, meta
 
     # Also before a save, so that every checkpoint is a good one.
@@ -518,6 +532,8 @@ class _Run:
         save_due |= is_highest or is_finished(config, recipe, meta)
       if line and self._writer is not None:
         self._writer.write(step, line)
+      if images_due:
+        self._write_images(step, state)
       if save_due:
         if self._writer is not None:
           self._writer.sync()
@@ -564,6 +580,34 @@ class _Run:
     )
     return state.replace(
       opt_state=optimizer_lib.set_learning_rate(state.opt_state, rate)
+    )
+
+  def _write_images(self, step: int, state: TrainState) -> None:
+    """Pictures of the same few validation images every time."""
+    _, variables = evaluated_network(state, step, self._program.recipe)
+    # On all processes: the network is spread over their devices.
+    samples = report_samples(
+      self._config,
+      self._program,
+      self._data,
+      variables,
+      most=_NUM_LOGGED_IMAGES,
+    )
+    if self._writer is None:
+      return
+    palette = np.asarray(self._data.info.palette)
+    self._writer.write_images(
+      step,
+      {
+        f"eval/image/{sample.id}": image_strip(
+          image=sample.image,
+          truth=sample.truth,
+          prediction=sample.prediction,
+          entropy=sample.entropy,
+          palette=palette,
+        )
+        for sample in samples
+      },
     )
 
   def _train_line(
