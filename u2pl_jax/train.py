@@ -128,7 +128,7 @@ def train_and_evaluate(
     )
     if restored is None:
       state = _create_state(config, program)
-      meta = Meta(0, None, None, config=config_digest, lists=lists)
+      meta = Meta(0, None, None, "student", config=config_digest, lists=lists)
     else:
       state, meta = restored
       logger.info("going on from the checkpoint of step %d", meta.step)
@@ -138,6 +138,7 @@ def train_and_evaluate(
     is_main = jax.process_index() == 0
     if is_main:
       writers.write_config(workdir, config)
+      writers.write_dataset(workdir, info, config.dataset.ignore_label)
     recipe = program.recipe
     was_finished = is_finished(config, recipe, meta)
     if not was_finished:
@@ -503,7 +504,8 @@ class _Run:
     images_due = image_epochs > 0 and is_due(
       image_epochs * recipe.steps_per_epoch
     )
-    meta = dataclasses.replace(meta, step=step)
+    network, _ = evaluated_network(state, step, recipe)
+    meta = dataclasses.replace(meta, step=step, network=network)
     if not (log_due or eval_due or save_due or images_due):
       return state, meta
 
