@@ -26,6 +26,7 @@ _LEAF_LEVELS = (
     "metrics",
     "optimizer",
     "pixel_counts",
+    "plateau",
     "reliability",
     "rngs",
   },
@@ -83,6 +84,10 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
     "u2pl_jax.run_log": (set(), {"numpy"}),
     "u2pl_jax.report_plots": (_u2pl({"run_log"}), {"matplotlib", "numpy"}),
     "u2pl_jax.report": (_u2pl({"report_plots", "run_log"}), {"numpy"}),
+    "u2pl_jax.image_strip": (
+      _u2pl({"report_plots"}),
+      {"PIL", "matplotlib", "numpy"},
+    ),
   }
   below: set[str] = set()
   for level in _LEAF_LEVELS:
@@ -102,6 +107,7 @@ _OWNERS = {
   "tensorflow_datasets": {"input_pipeline"},
   "clu": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},
   "tensorflow": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},
+  "wandb": {"u2pl_jax.writers"},
 }
 # Calls that place arrays on devices; as annotations the names are free.
 _SHARDING_CALLS = {"Mesh", "NamedSharding", "make_mesh"}
@@ -227,6 +233,7 @@ def test_every_rule_is_about_a_module_that_exists():
     ("u2pl_jax.train", "import grain"),
     ("u2pl_jax.train", "import tensorflow_datasets as tfds"),
     ("u2pl_jax.build", "import tensorflow as tf"),
+    ("u2pl_jax.train", "import wandb"),
     ("u2pl_jax.build", "mesh = jax.make_mesh((1,), ('data',))"),
     ("u2pl_jax.build", "sharding = NamedSharding(mesh, spec)"),
     ("u2pl_jax.build", "mesh = jax.sharding.Mesh(devices, ('data',))"),

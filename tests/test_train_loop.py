@@ -282,8 +282,9 @@ write = writers.MetricsWriter.write
 def write_and_die(self, step, metrics):
   write(self, step, metrics)
   if step == 15:
-    self._file.write('{"step": 16, "train/su')
-    self._file.flush()
+    file = self._sinks[0]._file
+    file.write('{"step": 16, "train/su')
+    file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 writers.MetricsWriter.write = write_and_die
 pass"""

@@ -31,7 +31,13 @@ from u2pl_jax.models.pretrained import (
   load_pretrained,
   read_pretrained,
 )
-from u2pl_jax.optimizer import Schedule, poly_schedule, sgd
+from u2pl_jax.optimizer import (
+  Schedule,
+  cosine_schedule,
+  multistep_schedule,
+  poly_schedule,
+  sgd,
+)
 from u2pl_jax.photometric import PhotometricSettings
 from u2pl_jax.train_state import TrainState, Variables, create_train_state
 from u2pl_jax.train_step import (
@@ -68,7 +74,8 @@ class Program:
   Attributes:
     mesh: over all devices.
     model, tx, recipe: as in `train_step`.
-    learning_rate: of the encoder by step.
+    learning_rate: of the encoder by step; for the schedule 'plateau' the one of
+      step 0, and the state of `tx` has the present one.
     supervised_step: compiled `(state, labelled dict) -> (state, metrics)`.
     semi_supervised_step: compiled `(state, labelled, unlabelled dicts) ->
       (state, metrics)`; None for the supervised method.
@@ -81,7 +88,7 @@ class Program:
   model: DeepLab
   tx: optax.GradientTransformation
   recipe: Recipe
-  learning_rate: Schedule
+  learning_rate: float | Schedule
   supervised_step: Callable[..., tuple[TrainState, dict]]
   semi_supervised_step: Callable[..., tuple[TrainState, dict]] | None
   evaluator: Evaluator
@@ -115,6 +122,25 @@ def base_learning_rate(config: ml_collections.ConfigDict) -> float:
   return optimizer.learning_rate * (
     config.batch.labelled / optimizer.reference_batch
   )
+
+
+def make_learning_rate(
+  config: ml_collections.ConfigDict, total_steps: int
+) -> float | Schedule:
+  """What `optimizer.sgd` takes as the learning rate."""
+  optimizer, base = config.optimizer, base_learning_rate(config)
+  match optimizer.schedule:
+    case "poly":
+      return poly_schedule(base, total_steps, optimizer.poly_power)
+    case "cosine":
+      return cosine_schedule(base, total_steps)
+    case "multistep":
+      return multistep_schedule(
+        base, total_steps, optimizer.milestones, optimizer.decay_factor
+      )
+    case "plateau":
+      return base
+  raise ValueError(f"schedule {optimizer.schedule!r}: see config_checks")
 
 
 def make_recipe(config: ml_collections.ConfigDict, data: DataSpec) -> Recipe:
@@ -270,9 +296,7 @@ def build(
   model = make_model(config, data.num_classes)
   recipe = make_recipe(config, data)
   optimizer = config.optimizer
-  learning_rate = poly_schedule(
-    base_learning_rate(config), recipe.total_steps, optimizer.poly_power
-  )
+  learning_rate = make_learning_rate(config, recipe.total_steps)
   tx = sgd(
     learning_rate,
     momentum=optimizer.momentum,

@@ -1,5 +1,6 @@
 """Refuses configs that cannot work, before anything is read or compiled."""
 
+import itertools
 import math
 
 import ml_collections
@@ -13,6 +14,7 @@ from u2pl_jax.strong_augmentation import MIXES
 from u2pl_jax.train_step import QUIRKS
 
 METHODS = ("u2pl", "supervised")
+SCHEDULES = ("poly", "cosine", "multistep", "plateau")
 
 
 def parse_quirks(text: str) -> frozenset[str]:
@@ -112,6 +114,35 @@ def _in_range(key: str, value: float, low: float, high: float) -> None:
   )
 
 
+def _check_schedule(optimizer: ml_collections.ConfigDict) -> None:
+  _choice("optimizer.schedule", optimizer.schedule, SCHEDULES)
+  _require(
+    0 < optimizer.decay_factor < 1,
+    f"config.optimizer.decay_factor={optimizer.decay_factor}: must lie between"
+    " 0 and 1, both excluded",
+  )
+  # With 0 before and 1 behind, they must rise.
+  milestones = tuple(optimizer.milestones)
+  bounded = (0, *milestones, 1)
+  _require(
+    all(a < b for a, b in itertools.pairwise(bounded)),
+    f"config.optimizer.milestones={milestones}: needs rising shares of the"
+    " training between 0 and 1, both excluded",
+  )
+  plateau = optimizer.plateau
+  _require(
+    plateau.patience >= 1,
+    f"config.optimizer.plateau.patience={plateau.patience}: must be at least 1",
+  )
+  _require(
+    plateau.reductions >= 0,
+    f"config.optimizer.plateau.reductions={plateau.reductions}: must not be"
+    " negative",
+  )
+  # A threshold in percent would never see an improvement.
+  _in_range("optimizer.plateau.threshold", plateau.threshold, 0, 0.5)
+
+
 def check_config(
   config: ml_collections.ConfigDict, *, num_classes: int, num_devices: int
 ) -> None:
@@ -204,6 +235,7 @@ def check_config(
   for key in ("learning_rate", "head_multiplier"):
     value = config.optimizer[key]
     _require(value > 0, f"config.optimizer.{key}={value}: must be positive")
+  _check_schedule(config.optimizer)
   _require(
     config.optimizer.weight_decay >= 0,
     f"config.optimizer.weight_decay={config.optimizer.weight_decay}:"
@@ -233,6 +265,7 @@ def check_config(
     ("eval.oracle_images", config.eval.oracle_images),
     ("input.num_workers", config.input.num_workers),
     ("log.report_images", config.log.report_images),
+    ("log.images_every_epochs", config.log.images_every_epochs),
   ):
     _require(value >= 0, f"config.{key}={value}: must not be negative")
 
