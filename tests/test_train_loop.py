@@ -168,9 +168,12 @@ def test_what_a_run_leaves(root, finished):
   config = json.loads((finished / writers.CONFIG_FILE).read_text())
   assert config["dataset"]["root"] == str(root)
   assert (finished / "report" / "index.html").is_file()
-  assert len(list((finished / "report" / "overlays").iterdir())) == 2
   steps = {int(p.name) for p in (finished / checkpoint.FOLDER).iterdir()}
   _, meta = read_state(make_config(root), finished)
+  pictured = json.loads((finished / "report" / "report.json").read_text())
+  assert pictured["pictures"]["step"] == meta.best_step
+  assert len(pictured["pictures"]["samples"]) == 2
+  assert sum(pictured["labelled_pixels"]) > 0
   assert steps == {16, 20, meta.best_step}
   assert not list(finished.glob("*.tmp"))
 

@@ -105,7 +105,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     note = f"step {best[0]:,}"
     if interval is not None:
       low, high = (100 * value for value in interval)
-      note += f"; 95 % interval {low:.1f} to {high:.1f}"
+      note = f"95 %: {low:.1f} to {high:.1f}; {note}"
     found.append(("best mIoU", f"{percent(best[1])} %", note))
     steps, values = run.series("eval/miou")
     found.append(
@@ -208,11 +208,11 @@ def _method_note(run: Run, pictures: Mapping[str, Any]) -> str:
     return ""
   return (
     f"Pictures: the {pictures['network']} after step {pictures['step']:,}, on"
-    " clean images with running statistics, the middle of each as large as a"
-    " training crop. In training it sees mixed images with the statistics of"
-    " the batch. An unreliable pixel is a negative for the classes that it"
-    f" ranks from {pictures['low_rank']} on and below"
-    f" {pictures['high_rank']}, counted from 0."
+    " clean images with running statistics, and thresholds over these images;"
+    " in training it judges mixed crops with the statistics of the batch. An"
+    " unreliable pixel is a negative of the classes that it ranks"
+    f" {pictures['low_rank']} to {pictures['high_rank'] - 1}, counted from 0"
+    " for the most probable one."
   )
 
 
@@ -419,6 +419,24 @@ def write_report(
   return _render(run, extra)
 
 
+def pictured_step(workdir: str | os.PathLike) -> int | None:
+  """Updates of the network that a report's pictures are of; None without any.
+
+  Raises:
+    RunError: the folder is no workdir, or a file in it is broken.
+  """
+  return (read_run(workdir).extra.get("pictures") or {}).get("step")
+
+
+def labelled_pixels(workdir: str | os.PathLike) -> list[int]:
+  """What an earlier `write_report` was told; [] if there was none.
+
+  Raises:
+    RunError: the folder is no workdir, or a file in it is broken.
+  """
+  return list(read_run(workdir).extra.get("labelled_pixels") or [])
+
+
 def refresh_report(workdir: str | os.PathLike) -> pathlib.Path:
   """Draws a run's page again, with the pictures that it already has.
 
@@ -578,7 +596,7 @@ def _class_table(runs: Sequence[Run], labels: Sequence[str]) -> str:
     known = [value for value in values if value is not None]
     texts = [
       f"<b>{percent(value)}</b>"
-      if len(known) > 1 and value == max(known)
+      if len(set(known)) > 1 and value == max(known)
       else percent(value)
       for value in values
     ]

@@ -6,6 +6,8 @@ arrays and files alone, see report.py.
 
 import contextlib
 import logging
+import pathlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ import ml_collections
 import numpy as np
 
 from input_pipeline import decode, make_eval_stream, parallel
-from u2pl_jax import sharding
+from u2pl_jax import report, sharding
 from u2pl_jax.build import Program
 from u2pl_jax.contrastive import class_membership, negative_mask
 from u2pl_jax.data import Data, open_eval_stream
@@ -24,6 +26,7 @@ from u2pl_jax.images import inside_box, normalise
 from u2pl_jax.models.layers import resize_bilinear, resize_nearest
 from u2pl_jax.reliability import assess, entropy, unreliable_percent
 from u2pl_jax.report_images import MethodSample, Pictures, Sample
+from u2pl_jax.run_log import RunError
 from u2pl_jax.train_state import Variables
 from u2pl_jax.train_step import Recipe, training_progress
 
@@ -126,16 +129,35 @@ def make_method_step(
   return method_step
 
 
-class ReportData:
-  """Takes the pictures of a run; one object a run, since it keeps programs."""
+class Reporter:
+  """Draws the page of a run as it goes on, with pictures of its best network.
+
+  One object a run, since it keeps compiled programs. Every process must call
+  its methods; the first one writes.
+  """
 
   def __init__(
-    self, config: ml_collections.ConfigDict, program: Program, data: Data
+    self,
+    config: ml_collections.ConfigDict,
+    program: Program,
+    data: Data,
+    workdir: pathlib.Path,
+    *,
+    devices: str,
   ):
-    """Reads and compiles nothing yet."""
+    """Reads and compiles nothing yet.
+
+    Args:
+      config, program, data, workdir: of the run.
+      devices: what it runs on, in words.
+    """
     self._config = config
     self._program = program
     self._data = data
+    self._workdir = workdir
+    self._devices = devices
+    self._is_main = jax.process_index() == 0
+    self._pictures: Pictures | None = None
     repl = sharding.replicated(program.mesh)
     split = sharding.batch_sharded(program.mesh)
     self._method_step = jax.jit(
@@ -143,6 +165,88 @@ class ReportData:
       in_shardings=(repl, split, repl),
       out_shardings=repl,
     )
+
+  @property
+  def page(self) -> pathlib.Path:
+    """Where the page is written."""
+    return self._workdir / "report" / "index.html"
+
+  def draw(
+    self,
+    variables: Variables,
+    *,
+    network: str,
+    step: int,
+    scores: Mapping[str, float] | None = None,
+  ) -> None:
+    """Draws the page of the best network so far.
+
+    A page is no reason to end a training: what goes wrong is a warning here,
+    and an error in `finish`, which tries again.
+
+    Args:
+      variables, network, step, scores: see `take`.
+    """
+    start = time.perf_counter()
+    # Not those of an earlier network, should this fail.
+    self._pictures = None
+    try:
+      self._pictures = self.take(
+        variables, network=network, step=step, scores=scores
+      )
+      if self._is_main:
+        self._write()
+    except Exception as error:
+      logger.warning(
+        "the report of step %d could not be drawn (%s: %s)",
+        step,
+        type(error).__name__,
+        error,
+      )
+      return
+    logger.info(
+      "report of step %d drawn in %.1f s", step, time.perf_counter() - start
+    )
+
+  def finish(
+    self,
+    variables: Variables,
+    *,
+    network: str,
+    step: int,
+    best_step: int | None,
+    scores: Mapping[str, float] | None = None,
+  ) -> None:
+    """Draws the page with the curves of the whole training.
+
+    The pictures are of the best network if `draw` took them, in this process or
+    in an earlier one; else of this one.
+
+    Args:
+      variables, network, step, scores: see `take`.
+      best_step: of the run.
+
+    Raises:
+      RunError: a file of the workdir is damaged or cannot be written.
+      DataError: see `take`.
+    """
+    try:
+      if self._pictures is None:
+        if report.pictured_step(self._workdir) == best_step:
+          if self._is_main:
+            report.refresh_report(self._workdir)
+          return
+        self._pictures = self.take(
+          variables, network=network, step=step, scores=scores
+        )
+      if self._is_main:
+        self._write()
+    except OSError as error:
+      raise RunError(
+        f"{error.filename or self.page}: the report cannot be written"
+        f" ({error.strerror}): make room, or set the permissions right; then"
+        f" python -m u2pl_jax.report {self._workdir} draws it"
+      ) from error
 
   def take(
     self,
@@ -152,7 +256,7 @@ class ReportData:
     step: int,
     scores: Mapping[str, float] | None,
   ) -> Pictures:
-    """Pictures of a network; every process must call it.
+    """Pictures of a network.
 
     Args:
       variables: of the network, replicated over the devices.
@@ -168,8 +272,10 @@ class ReportData:
     Raises:
       DataError: a file cannot be read any more.
     """
-    recipe = self._program.recipe
-    samples = self._samples(variables, scores)
+    recipe, count = self._program.recipe, self._config.log.report_images
+    samples = self.samples(
+      variables, pick_images(self._data.validation, scores, count)
+    )
     if network != "teacher":
       return Pictures(step=step, network=network, samples=samples)
     # The schedule's value at the last update.
@@ -185,41 +291,24 @@ class ReportData:
       high_rank=recipe.high_rank,
     )
 
-  def labelled_pixels(self) -> list[int]:
-    """Pixels of each class in the labelled masks: reads all of them."""
-    config, data = self._config, self._data
-    num_classes = data.info.num_classes
-
-    def count(image_id: str) -> np.ndarray:
-      mask = decode.mask_from_bytes(
-        data.source.read_mask(image_id),
-        data.source.mask_path(image_id),
-        num_classes=num_classes,
-        ignore_label=config.dataset.ignore_label,
-        mask_format=data.info.mask_format(config.dataset.mask_format),
-      )
-      return np.bincount(mask.ravel(), minlength=256)[:num_classes]
-
-    counts = parallel.map_in_threads(
-      count, data.labelled, "counting the labelled pixels", "mask"
-    )
-    return np.sum(counts, 0, dtype=np.int64).tolist()
-
-  def _put(self, batch: Mapping[str, np.ndarray], *names: str) -> dict:
-    return sharding.put_batch(
-      self._program.mesh, {name: batch[name] for name in names}
-    )
-
-  def _samples(
-    self, variables: Variables, scores: Mapping[str, float] | None
+  def samples(
+    self, variables: Variables, picked: Sequence[tuple[str, str]]
   ) -> tuple[Sample, ...]:
-    config, data = self._config, self._data
-    picked = pick_images(data.validation, scores, config.log.report_images)
+    """What a network makes of validation images.
+
+    Args:
+      variables: of the network, replicated over the devices.
+      picked: (id, group) of each, see `pick_images`.
+
+    Returns:
+      One sample each, in the same order.
+    """
     if not picked:
       return ()
     ids = tuple(image_id for image_id, _ in picked)
     found = {}
-    with contextlib.closing(open_eval_stream(config, data, ids)) as stream:
+    stream = open_eval_stream(self._config, self._data, ids)
+    with contextlib.closing(stream):
       for batch in stream:
         classes, entropies = jax.device_get(
           self._program.predict_step(
@@ -242,7 +331,7 @@ class ReportData:
   def _method(
     self, variables: Variables, alpha: Array
   ) -> tuple[MethodSample, ...]:
-    """The middle of some unlabelled images, as large as a training crop."""
+    """Some unlabelled images; of one larger than eval.pad_to the middle."""
     config, data = self._config, self._data
     count = min(_METHOD_IMAGES, config.eval.batch, len(data.unlabelled))
     # From all over the list: neighbours may be frames of the same scene.
@@ -252,7 +341,7 @@ class ReportData:
       data.source,
       ids,
       batch_size=config.eval.batch,
-      pad_to=tuple(config.input.crop_size),
+      pad_to=tuple(config.eval.pad_to),
       center_crop=True,
       num_classes=data.info.num_classes,
       with_labels=False,
@@ -280,6 +369,43 @@ class ReportData:
             )
           )
     return tuple(samples)
+
+  def _labelled_pixels(self) -> list[int]:
+    """Pixels of each class in the labelled masks."""
+    config, data = self._config, self._data
+    num_classes = data.info.num_classes
+
+    def count(image_id: str) -> np.ndarray:
+      mask = decode.mask_from_bytes(
+        data.source.read_mask(image_id),
+        data.source.mask_path(image_id),
+        num_classes=num_classes,
+        ignore_label=config.dataset.ignore_label,
+        mask_format=data.info.mask_format(config.dataset.mask_format),
+      )
+      return np.bincount(mask.ravel(), minlength=256)[:num_classes]
+
+    counts = parallel.map_in_threads(
+      count, data.labelled, "counting the labelled pixels", "mask"
+    )
+    return np.sum(counts, 0, dtype=np.int64).tolist()
+
+  def _write(self) -> None:
+    pixels = report.labelled_pixels(self._workdir)
+    report.write_report(
+      self._workdir,
+      self._pictures,
+      self._data.info,
+      self._config.dataset.ignore_label,
+      devices=self._devices,
+      # All labelled masks are read, but once a workdir.
+      labelled_pixels=pixels or self._labelled_pixels(),
+    )
+
+  def _put(self, batch: Mapping[str, np.ndarray], *names: str) -> dict:
+    return sharding.put_batch(
+      self._program.mesh, {name: batch[name] for name in names}
+    )
 
 
 def _inside(batch: Mapping[str, np.ndarray], row: int) -> Any:

@@ -157,16 +157,21 @@ def _layout(**changes: Any) -> dict[str, Any]:
   }
 
 
-def _step_axis(**changes: Any) -> dict[str, Any]:
+def _step_axis(last: float, **changes: Any) -> dict[str, Any]:
+  """From 0 to the last step, so that figures above each other are aligned."""
   return _titled(
     "step",
+    range=[0, 1.02 * max(1, last)],
     tickformat=",d",
     hoverformat=",d",
     unifiedhovertitle={"text": "step %{x:,d}"},
     nticks=6,
-    rangemode="nonnegative",
     **changes,
   )
+
+
+def _last_step(runs: Sequence[Run]) -> int:
+  return max((int(run.rows[-1]["step"]) for run in runs if run.rows), default=1)
 
 
 def _vertical_line(x: float) -> dict[str, Any]:
@@ -296,7 +301,9 @@ def _curve_figure(
         f" {_said(values[-1], panel)} at step {steps[-1]:,}"
       )
   layout["showlegend"] = len(said) > 1
-  layout["xaxis"] = _step_axis(anchor=f"y{len(panels)}".removesuffix("1"))
+  layout["xaxis"] = _step_axis(
+    _last_step([run]), anchor=f"y{len(panels)}".removesuffix("1")
+  )
   layout["shapes"] = []
   if (warmup := warmup_end(run)) is not None:
     layout["shapes"].append(_shaded_until(warmup))
@@ -384,7 +391,7 @@ def _class_map(
       }
     ],
     layout=_layout(
-      xaxis=_step_axis(showgrid=False),
+      xaxis=_step_axis(_last_step([run]), showgrid=False),
       yaxis=_axis(autorange="reversed", showgrid=False, dtick=1),
     ),
     height=max(260, 90 + 22 * len(classes)),
@@ -402,6 +409,7 @@ def curve_figures(run: Run) -> list[Figure]:
     run.series("eval/miou")[1], run.series("eval/miou_present")[1]
   ):
     miou.append(Curve("eval/miou_present", "present classes", "dash"))
+  is_semi = bool(run.series("train/unsup_loss")[0].size)
   figures = [
     _curve_figure(
       run,
@@ -421,7 +429,9 @@ def curve_figures(run: Run) -> list[Figure]:
       "losses",
       "Losses",
       "Before weighting. Chance: the contrastive loss if all similarities were"
-      " equal; floor: the smallest possible one.",
+      " equal; floor: the smallest possible one."
+      if is_semi
+      else "",
       [
         Panel(
           "cross-entropy",
@@ -479,8 +489,9 @@ def curve_figures(run: Run) -> list[Figure]:
       run,
       "speed",
       "Speed",
-      "Both halves of the batch counted. Data wait: share of the time in which"
-      " the devices had to wait for images.",
+      ("Both halves of the batch counted. " if is_semi else "")
+      + "Data wait: share of the time in which the devices had to wait for"
+      " images.",
       [
         Panel(
           "images / s",
@@ -827,7 +838,7 @@ def comparison_figures(
         layout=_layout(
           hovermode="x unified",
           showlegend=True,
-          xaxis=_step_axis(),
+          xaxis=_step_axis(_last_step(runs)),
           yaxis=_titled(
             "", nticks=6, **({"tickformat": ".0%"} if percent else {})
           ),

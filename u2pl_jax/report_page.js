@@ -50,7 +50,7 @@
     }
   }
 
-  // Where the arrow keys can go in a figure: lists of points, and their text.
+  // Where the arrow keys can go in a figure: what plotly shows, and its text.
   function places({ source }) {
     const shown = source.data
       .map((trace, curveNumber) => ({ trace, curveNumber }))
@@ -58,10 +58,11 @@
     if (!shown.length) return [];
     const heatmap = shown.find(({ trace }) => trace.type === "heatmap");
     if (heatmap) {
-      const { trace, curveNumber } = heatmap;
+      const { trace } = heatmap;
       return trace.y.flatMap((row, i) =>
         trace.x.map((column, j) => ({
-          points: [{ curveNumber, pointNumber: [i, j] }],
+          // On an axis of names the place is the number of the name.
+          hover: { xval: typeof column === "string" ? j : column, yval: i },
           text: `${row}, ${column}: ${(trace.customdata ?? trace.z)[i][j]}`,
           width: trace.x.length,
         })),
@@ -81,7 +82,7 @@
         points.push({ curveNumber, pointNumber });
         words.push(`${trace.name} ${trace[other][pointNumber]}`);
       }
-      return { points, text: `${value}: ${words.join(", ")}`, width: 1 };
+      return { hover: points, text: `${value}: ${words.join(", ")}`, width: 1 };
     });
   }
 
@@ -94,9 +95,9 @@
     event.preventDefault();
     const last = figure.places.length - 1;
     figure.place = Math.max(0, Math.min(last, figure.place + steps[event.key]));
-    const { points, text } = figure.places[figure.place];
+    const { hover, text } = figure.places[figure.place];
     const subplots = Object.keys(figure.element._fullLayout._plots);
-    Plotly.Fx.hover(figure.element, points, subplots);
+    Plotly.Fx.hover(figure.element, hover, subplots);
     live.textContent = text;
   }
 

@@ -178,13 +178,15 @@ def advice(findings: Sequence[Any]) -> str:
   """What a person should know about this run, the worst first as given.
 
   Args:
-    findings: each with the attributes title, evidence, advice and severity,
-      of which 'error' stands out.
+    findings: each with the attributes title, evidence, advice and severity:
+      'problem', 'warning' or 'hint'.
   """
+  styles = {"problem": " notice bad", "warning": " notice"}
   return "".join(
-    f'<div class="card notice{" bad" if item.severity == "error" else ""}">'
-    f"<h3>{escape(item.title)}</h3><p>{escape(item.evidence)}</p>"
-    f"<p>{escape(item.advice)}</p></div>"
+    f'<div class="card finding{styles.get(item.severity, "")}">'
+    f"<h3>{escape(item.title)}"
+    f' <span class="badge">{escape(item.severity)}</span></h3>'
+    f"<p>{escape(item.evidence)}</p><p>{escape(item.advice)}</p></div>"
     for item in findings
   )
 
@@ -282,7 +284,7 @@ def _opacity_control() -> str:
 def _layer(file: str, classes: str, alt: str) -> str:
   return (
     f'<img class="{classes}" src="{escape(urllib.parse.quote(file))}"'
-    f' alt="{escape(alt)}" loading="lazy">'
+    f' alt="{escape(alt)}">'
   )
 
 
@@ -538,7 +540,7 @@ def _method_picture(entry: Mapping[str, Any], names: Sequence[str]) -> str:
     ),
     _panel(
       size,
-      f"number of classes it is a negative of, up to {entry['max_negatives']}",
+      f"negative of up to {entry['max_negatives']} classes",
       [
         dim,
         _layer(
@@ -551,7 +553,8 @@ def _method_picture(entry: Mapping[str, Any], names: Sequence[str]) -> str:
     ),
     _panel(size, "negatives", [dim, negatives]),
   ]
+  broad = " broad" if size[1] > _BROAD * size[0] else ""
   return (
     f'<article class="card picture"><header><h3>{escape(entry["id"])}</h3>'
-    f'</header><div class="panels six">{"".join(panels)}</div></article>'
+    f'</header><div class="panels six{broad}">{"".join(panels)}</div></article>'
   )

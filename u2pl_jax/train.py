@@ -23,7 +23,7 @@ import numpy as np
 from input_pipeline.dataset_config import load_info, prepare_dataset
 from input_pipeline.split_families import identify_split
 from u2pl_jax import metrics as metrics_lib
-from u2pl_jax import report, sharding, writers
+from u2pl_jax import sharding, writers
 from u2pl_jax.build import (
   DataSpec,
   Program,
@@ -40,6 +40,7 @@ from u2pl_jax.data import (
   open_train_stream,
 )
 from u2pl_jax.models.weight_files import WeightsError
+from u2pl_jax.report_data import Reporter
 from u2pl_jax.train_state import TrainState, Variables
 from u2pl_jax.train_step import Recipe
 
@@ -133,6 +134,9 @@ def train_and_evaluate(
       writers.write_dataset(workdir, info, config.dataset.ignore_label)
     total_steps = program.recipe.total_steps
     was_finished = meta.step == total_steps
+    reporter = Reporter(
+      config, program, data, workdir, devices=_describe_devices(program)
+    )
     if was_finished:
       logger.info("the run is finished: all %d steps are done", total_steps)
     else:
@@ -142,17 +146,14 @@ def train_and_evaluate(
           workdir, class_names=info.class_names, last_step=meta.step
         )
         stack.callback(writer.close)
-      run = _Run(config, program, data, checkpoints, writer)
+      run = _Run(config, program, data, checkpoints, writer, reporter)
       state, meta = run.train(state, meta)
-
-    page = workdir / "report" / "index.html"
+    page = reporter.page
     if not (was_finished and page.exists()):
-      _, variables = evaluated_network(state, meta.step, program.recipe)
-      samples = report_samples(config, program, data, variables)
-      if is_main:
-        page = report.write_report(
-          workdir, samples, info, config.dataset.ignore_label
-        )
+      network, variables = evaluated_network(state, meta.step, program.recipe)
+      reporter.finish(
+        variables, network=network, step=meta.step, best_step=meta.best_step
+      )
   logger.info(
     "best mIoU %.4f at step %d; report: %s",
     meta.best_miou,
@@ -239,38 +240,6 @@ def evaluate(
   return metrics
 
 
-def report_samples(
-  config: ml_collections.ConfigDict,
-  program: Program,
-  data: Data,
-  variables: Variables,
-) -> list[report.Sample]:
-  """The first validation images with what the network makes of them."""
-  ids = data.validation[: config.log.report_images]
-  if not ids:
-    return []
-  samples = {}
-  with contextlib.closing(open_eval_stream(config, data, ids)) as stream:
-    for batch in stream:
-      classes, entropies = jax.device_get(
-        program.predict_step(
-          variables, _put(program, batch, "image", "valid_box")
-        )
-      )
-      for row in np.flatnonzero(batch["is_real"]):
-        top, left, bottom, right = batch["valid_box"][row]
-        inside = np.s_[row, top:bottom, left:right]
-        index = int(batch["index"][row])
-        samples[index] = report.Sample(
-          id=ids[index],
-          image=batch["image"][inside],
-          truth=batch["label"][inside],
-          prediction=classes[inside],
-          entropy=entropies[inside],
-        )
-  return [samples[index] for index in sorted(samples)]
-
-
 # -- The loop ------------------------------------------------------------------
 
 
@@ -323,6 +292,7 @@ class _Run:
     data: Data,
     checkpoints: Checkpoints,
     writer: writers.MetricsWriter | None,
+    reporter: Reporter,
   ):
     """`writer` is None on all processes but the first."""
     self._config = config
@@ -330,6 +300,7 @@ class _Run:
     self._data = data
     self._checkpoints = checkpoints
     self._writer = writer
+    self._reporter = reporter
     self._clock = _Clock()
     self._compiled: set[str] = set()
     self._last_finite_step = 0
@@ -428,9 +399,11 @@ class _Run:
       self._clock.restart()
     self._check_finite(step, train_metrics, line)
     with self._clock.paused():
+      is_best = False
       if eval_due:
         line |= self._evaluate(step, state)
-        if meta.best_miou is None or line["eval/miou"] > meta.best_miou:
+        is_best = meta.best_miou is None or line["eval/miou"] > meta.best_miou
+        if is_best:
           meta = dataclasses.replace(
             meta, best_miou=line["eval/miou"], best_step=step
           )
@@ -441,6 +414,9 @@ class _Run:
         if self._writer is not None:
           self._writer.sync()
         self._checkpoints.save(state, meta)
+      if is_best:
+        network, variables = evaluated_network(state, step, recipe)
+        self._reporter.draw(variables, network=network, step=step)
     return meta
 
   def _train_line(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -565,20 +541,13 @@ def _log_head(
   data: Data,
   abstract: TrainState,
 ) -> None:
-  recipe, devices = program.recipe, program.mesh.devices.ravel()
+  recipe = program.recipe
   num_parameters = sum(
     math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.student.params)
   )
   logger.info("config:\n%s", str(config).rstrip())
   logger.info("%s, method %s, workdir %s", config.name, config.method, workdir)
-  logger.info(
-    "jax %s on %d x %s (%s), %d process(es)",
-    jax.__version__,
-    devices.size,
-    devices[0].device_kind,
-    devices[0].platform,
-    jax.process_count(),
-  )
+  logger.info("jax %s on %s", jax.__version__, _describe_devices(program))
   logger.info(
     "network: %s, %s, %s parameters, convolutions in %s",
     config.model.backbone,
@@ -620,6 +589,14 @@ def _log_head(
       recipe.high_rank,
     )
   logger.info("quirks: %s", ", ".join(sorted(recipe.quirks)) or "none")
+
+
+def _describe_devices(program: Program) -> str:
+  devices = program.mesh.devices.ravel()
+  return (
+    f"{devices.size} x {devices[0].device_kind} ({devices[0].platform}),"
+    f" {jax.process_count()} process(es)"
+  )
 
 
 def _duration(seconds: float) -> str:
