@@ -204,19 +204,19 @@ def test_arrow_keys_read_the_values(browser, pages):
   figure.send_keys(Keys.ARROW_RIGHT)
   said = live.get_attribute("textContent")
   assert said == "40: mIoU 0.5, pixel accuracy 0.7"
-  hovered = "return arguments[0].querySelector('.hoverlayer').textContent"
-  assert "50.00%" in _wait(
-    browser, lambda: browser.execute_script(hovered, figure)
-  )
+
+  def wait_for(text, element):
+    script = "return arguments[0].querySelector('.hoverlayer').textContent"
+    _wait(browser, lambda: text in browser.execute_script(script, element))
+
+  wait_for("50.00%", figure)
   figure.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
   assert live.get_attribute("textContent").startswith("120: ")
   confusion = browser.find_element(By.ID, "figure-confusion")
   confusion.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
   said = live.get_attribute("textContent")
   assert said == "leaf & <twig>, ground: 30"
-  assert "30.0%: 30 pixels" in _wait(
-    browser, lambda: browser.execute_script(hovered, confusion)
-  )
+  wait_for("30.0%: 30 pixels", confusion)
   assert browser.get_log("browser") == []
 
 

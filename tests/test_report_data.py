@@ -195,10 +195,9 @@ def test_labelled_pixels_are_counted_once_a_workdir(run, workdir, monkeypatch):
       if value != config.dataset.ignore_label:
         expected[value] += n
   assert counts == expected.tolist() and sum(counts) > 0
-  monkeypatch.setattr(data.source.__class__, "read_mask", None)
-  again = _reporter(run, workdir)
-  again._pictures = reporter._pictures
-  again._write()
+  monkeypatch.setattr(Reporter, "_labelled_pixels", None)
+  _reporter(run, workdir).draw(state.student, network="student", step=9)
+  assert report.pictured_step(workdir) == 9
   assert report.labelled_pixels(workdir) == counts
 
 

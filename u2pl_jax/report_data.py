@@ -157,7 +157,9 @@ class Reporter:
     self._workdir = workdir
     self._devices = devices
     self._is_main = jax.process_index() == 0
-    self._pictures: Pictures | None = None
+    # Whether `draw` has pictures of the best network, and those not written.
+    self._taken = False
+    self._unwritten: Pictures | None = None
     repl = sharding.replicated(program.mesh)
     split = sharding.batch_sharded(program.mesh)
     self._method_step = jax.jit(
@@ -189,13 +191,13 @@ class Reporter:
     """
     start = time.perf_counter()
     # Not those of an earlier network, should this fail.
-    self._pictures = None
+    self._taken, self._unwritten = False, None
     try:
-      self._pictures = self.take(
+      self._unwritten = self.take(
         variables, network=network, step=step, scores=scores
       )
-      if self._is_main:
-        self._write()
+      self._taken = True
+      self._write()
     except Exception as error:
       logger.warning(
         "the report of step %d could not be drawn (%s: %s)",
@@ -231,16 +233,16 @@ class Reporter:
       DataError: see `take`.
     """
     try:
-      if self._pictures is None:
-        if report.pictured_step(self._workdir) == best_step:
-          if self._is_main:
-            report.refresh_report(self._workdir)
-          return
-        self._pictures = self.take(
+      # The same answer on every process, since taking pictures needs all.
+      known = self._taken or report.pictured_step(self._workdir) == best_step
+      if not known:
+        self._unwritten = self.take(
           variables, network=network, step=step, scores=scores
         )
-      if self._is_main:
+      if self._unwritten is not None:
         self._write()
+      elif self._is_main:
+        report.refresh_report(self._workdir)
     except OSError as error:
       raise RunError(
         f"{error.filename or self.page}: the report cannot be written"
@@ -356,15 +358,15 @@ class Reporter:
             variables, self._put(batch, "image", "valid_box", "is_real"), alpha
           )
         )
+        negatives = result.pop("negative_mask")
         size = batch["image"].shape[1:3]
-        negatives = _enlarged(result.pop("negative_mask"), size)
         for row in np.flatnonzero(batch["is_real"]):
           inside = _inside(batch, row)
           samples.append(
             MethodSample(
               id=ids[int(batch["index"][row])],
               image=batch["image"][inside],
-              negative_mask=negatives[inside],
+              negative_mask=_enlarged(negatives[row], size)[inside[1:]],
               **{name: value[inside] for name, value in result.items()},
             )
           )
@@ -391,16 +393,19 @@ class Reporter:
     return np.sum(counts, 0, dtype=np.int64).tolist()
 
   def _write(self) -> None:
-    pixels = report.labelled_pixels(self._workdir)
-    report.write_report(
-      self._workdir,
-      self._pictures,
-      self._data.info,
-      self._config.dataset.ignore_label,
-      devices=self._devices,
-      # All labelled masks are read, but once a workdir.
-      labelled_pixels=pixels or self._labelled_pixels(),
-    )
+    """Writes what was taken; it stays in memory if that fails."""
+    if self._is_main:
+      pixels = report.labelled_pixels(self._workdir)
+      report.write_report(
+        self._workdir,
+        self._unwritten,
+        self._data.info,
+        self._config.dataset.ignore_label,
+        devices=self._devices,
+        # All labelled masks are read, but once a workdir.
+        labelled_pixels=pixels or self._labelled_pixels(),
+      )
+    self._unwritten = None
 
   def _put(self, batch: Mapping[str, np.ndarray], *names: str) -> dict:
     return sharding.put_batch(
@@ -415,7 +420,7 @@ def _inside(batch: Mapping[str, np.ndarray], row: int) -> Any:
 
 
 def _enlarged(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """[b, hf, wf, k] -> [b, h, w, k]: the cell of the grid that holds a pixel."""
-  rows = np.arange(size[0]) * grid.shape[1] // size[0]
-  cols = np.arange(size[1]) * grid.shape[2] // size[1]
-  return grid[:, rows][:, :, cols]
+  """[hf, wf, k] -> [h, w, k]: the cell of the grid that holds a pixel."""
+  rows = np.arange(size[0]) * grid.shape[0] // size[0]
+  cols = np.arange(size[1]) * grid.shape[1] // size[1]
+  return grid[rows][:, cols]
