@@ -224,10 +224,15 @@ def get_base_config() -> ml_collections.ConfigDict:
   config.eval = evaluation = ml_collections.ConfigDict()
   # 'padded': whole images in one static shape, padding ignored; 'whole': whole
   # images, one compilation per size; 'center_crop': published protocol of VOC,
-  # needs the quirk padded_center_crop.
+  # needs the quirk padded_center_crop; 'sliding_window': published protocol of
+  # Cityscapes. See docs/evaluation.md.
   evaluation.protocol = "padded"
   # Shape of 'padded' and 'center_crop'.
   evaluation.pad_to = (513, 513)
+  # Of 'sliding_window': height and width, and the step from one window to the
+  # next as a share of them.
+  evaluation.window = (769, 769)
+  evaluation.stride = 2 / 3
   # Images at once, over all devices.
   evaluation.batch = 16
   evaluation.every_epochs = 1

@@ -25,6 +25,7 @@ _LEAF_LEVELS = (
     "losses",
     "metrics",
     "optimizer",
+    "pixel_counts",
     "reliability",
     "rngs",
   },
@@ -72,6 +73,11 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
     "u2pl_jax.evaluation": (
       _u2pl(_LEAVES | {"models.layers", "train_state"}),
       maths,
+    ),
+    # Two evaluations are compared without a backend, from any machine.
+    "u2pl_jax.evaluation_record": (
+      _u2pl({"metrics"}) | {"input_pipeline"},
+      {"numpy"},
     ),
     # A page is drawn without a backend, from any machine.
     "u2pl_jax.run_log": (set(), {"numpy"}),
@@ -226,6 +232,7 @@ def test_every_rule_is_about_a_module_that_exists():
     ("u2pl_jax.train_step", "from u2pl_jax.models.deeplab import DeepLab"),
     ("u2pl_jax.train_step", "from u2pl_jax import sharding"),
     ("u2pl_jax.train_step", "from clu import metric_writers"),
+    ("u2pl_jax.evaluation_record", "import jax"),
     ("u2pl_jax.report", "import jax"),
     ("u2pl_jax.report", "from u2pl_jax.train import evaluate"),
     ("u2pl_jax.train", "import orbax.checkpoint as ocp"),
@@ -265,6 +272,7 @@ def test_what_the_design_allows_is_allowed(module, source):
       ("tensorflow", "clu", "tensorflow_datasets", "grain", "orbax"),
     ),
     ("input_pipeline", ("jax", "flax", "tensorflow")),
+    ("u2pl_jax.evaluation_record", ("jax", "flax", "tensorflow", "cv2")),
     (
       "u2pl_jax.report",
       (

@@ -20,9 +20,11 @@ from u2pl_jax import memory_bank, rngs, sharding
 from u2pl_jax.config_checks import (
   check_config,
   contrastive_ranks,
+  eval_protocol,
   parse_quirks,
 )
-from u2pl_jax.evaluation import make_eval_step, make_predict_step
+from u2pl_jax.evaluation import EvalSettings, make_predict_step
+from u2pl_jax.evaluator import Evaluator
 from u2pl_jax.models.deeplab import DeepLab
 from u2pl_jax.models.pretrained import (
   check_pretrained,
@@ -70,7 +72,7 @@ class Program:
     supervised_step: compiled `(state, labelled dict) -> (state, metrics)`.
     semi_supervised_step: compiled `(state, labelled, unlabelled dicts) ->
       (state, metrics)`; None for the supervised method.
-    eval_step: compiled `(variables, batch dict) -> confusion matrix`.
+    evaluator: counts pixels under the config's protocol.
     predict_step: compiled `(variables, batch dict) -> (classes, entropy)`.
     create_state: `() -> TrainState` at step 0, replicated over the mesh.
   """
@@ -82,7 +84,7 @@ class Program:
   learning_rate: Schedule
   supervised_step: Callable[..., tuple[TrainState, dict]]
   semi_supervised_step: Callable[..., tuple[TrainState, dict]] | None
-  eval_step: Callable[..., jax.Array]
+  evaluator: Evaluator
   predict_step: Callable[..., tuple[jax.Array, jax.Array]]
   create_state: Callable[[], TrainState]
 
@@ -325,16 +327,11 @@ def build(
       if config.method == "u2pl"
       else None
     ),
-    eval_step=jax.jit(
-      make_eval_step(
-        model,
-        num_classes=recipe.num_classes,
-        ignore_label=recipe.ignore_label,
-        padding_label=0 if config.eval.protocol == "center_crop" else None,
-        **pixels,
-      ),
-      in_shardings=(repl, split),
-      out_shardings=repl,
+    evaluator=Evaluator(
+      model,
+      mesh,
+      eval_protocol(config),
+      EvalSettings(recipe.num_classes, recipe.ignore_label, **pixels),
     ),
     predict_step=jax.jit(
       make_predict_step(model, **pixels),

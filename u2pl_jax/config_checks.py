@@ -1,10 +1,12 @@
 """Refuses configs that cannot work, before anything is read or compiled."""
 
+import math
+
 import ml_collections
 
 from input_pipeline import ConfigError
 from input_pipeline.dataset_config import check_labels
-from u2pl_jax.evaluation import PROTOCOLS
+from u2pl_jax.evaluation import PROTOCOLS, Protocol
 from u2pl_jax.models.deeplab import HEADS
 from u2pl_jax.models.resnet import BACKBONES
 from u2pl_jax.strong_augmentation import MIXES
@@ -42,6 +44,55 @@ def contrastive_ranks(
   return low, high
 
 
+def eval_protocol(
+  config: ml_collections.ConfigDict,
+  *,
+  scales: tuple[float, ...] = (1.0,),
+  flip: bool = False,
+) -> Protocol:
+  """The protocol that config.eval describes.
+
+  Args:
+    config: complete.
+    scales, flip: see `Protocol`; training looks at native sizes alone.
+
+  Raises:
+    ConfigError: a value, or the combination with config.quirks, cannot work.
+  """
+  evaluation = config.eval
+  name = evaluation.protocol
+  _choice("eval.protocol", name, PROTOCOLS)
+  _require(
+    name != "center_crop"
+    or "padded_center_crop" in parse_quirks(config.quirks),
+    "config.eval.protocol='center_crop' counts padding as class 0: add"
+    " padded_center_crop to config.quirks, or choose 'padded'",
+  )
+  size = stride = None
+  if name in ("padded", "center_crop"):
+    size = _positive_size("eval.pad_to", evaluation.pad_to)
+  if name == "sliding_window":
+    size = _positive_size("eval.window", evaluation.window)
+    share = evaluation.stride
+    _require(
+      0 < share <= 1,
+      f"config.eval.stride={share}: a share of the window, above 0 and at most"
+      " 1",
+    )
+    # Rounded up, as published.
+    stride = tuple(math.ceil(length * share) for length in size)
+  return Protocol(name, size, stride, scales, flip)
+
+
+def _positive_size(key: str, value) -> tuple[int, int]:
+  size = tuple(value)
+  _require(
+    len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size),
+    f"config.{key}={size}: needs height and width in pixels",
+  )
+  return size
+
+
 def _require(condition: bool, message: str) -> None:
   if not condition:
     raise ConfigError(message)
@@ -75,7 +126,7 @@ def check_config(
     ConfigError: the first thing that is wrong.
   """
   check_labels(config.dataset, num_classes=num_classes)
-  quirks = parse_quirks(config.quirks)
+  parse_quirks(config.quirks)
   _choice("method", config.method, METHODS)
   _choice("model.backbone", config.model.backbone, BACKBONES)
   _choice("model.head", config.model.head, HEADS)
@@ -84,7 +135,6 @@ def check_config(
   _choice("supervised.loss", config.supervised.loss, ("ce", "ohem"))
   _choice("strong.mix", config.strong.mix, MIXES)
   _choice("reliability.decay", config.reliability.decay, ("epoch", "step"))
-  _choice("eval.protocol", config.eval.protocol, PROTOCOLS)
   _require(
     config.model.output_stride in (8, 16),
     f"config.model.output_stride={config.model.output_stride}: choose 8 or 16",
@@ -93,11 +143,7 @@ def check_config(
     len(config.model.aspp_rates) == 3,
     f"config.model.aspp_rates={tuple(config.model.aspp_rates)}: needs three",
   )
-  _require(
-    config.eval.protocol != "center_crop" or "padded_center_crop" in quirks,
-    "config.eval.protocol='center_crop' counts padding as class 0: add"
-    " padded_center_crop to config.quirks, or choose 'padded'",
-  )
+  eval_protocol(config)
 
   _require(config.seed >= 0, f"config.seed={config.seed}: must be 0 or more")
   for half in ("labelled", "unlabelled"):

@@ -39,6 +39,7 @@ _PROTOCOLS = {
   "padded": "whole images in one padded shape, padding not counted",
   "whole": "whole images at their own size",
   "center_crop": "centre crops, padding counted as class 0 (published code)",
+  "sliding_window": "overlapping windows, averaged (published code)",
 }
 # Keys of the config that make no other experiment of two runs.
 _NOT_THE_EXPERIMENT = ("seed", "log", "checkpoint")
@@ -59,7 +60,8 @@ def _protocol_text(run: Run) -> str:
   if not name:
     return ""
   text = f"{name}: {_PROTOCOLS.get(str(name), 'see configs/common.py')}"
-  size = run.setting("eval.pad_to")
+  is_sliding = name == "sliding_window"
+  size = run.setting("eval.window" if is_sliding else "eval.pad_to")
   if name != "whole" and isinstance(size, list | tuple):
     text += f", {' x '.join(map(str, size))}"
   images = run.setting("dataset.validation_list")

@@ -22,6 +22,12 @@ from u2pl_jax import report, sharding
 from u2pl_jax.build import Program
 from u2pl_jax.contrastive import class_membership, negative_mask
 from u2pl_jax.data import Data, open_eval_stream
+from u2pl_jax.evaluation_record import (
+  EvaluationRecord,
+  RecordError,
+  image_miou,
+  read_record,
+)
 from u2pl_jax.images import inside_box, normalise
 from u2pl_jax.models.layers import resize_bilinear, resize_nearest
 from u2pl_jax.reliability import assess, entropy, unreliable_percent
@@ -66,6 +72,11 @@ def pick_images(
     "worst": judged[len(judged) - ends :],
   }
   return [(i, group) for group, members in groups.items() for i in members]
+
+
+def scores_of(record: EvaluationRecord) -> dict[str, float]:
+  """Mean IoU of each image of an evaluation, for `pick_images`."""
+  return dict(zip(record.image_ids, image_miou(record).tolist(), strict=True))
 
 
 def make_method_step(
@@ -217,7 +228,6 @@ class Reporter:
     network: str,
     step: int,
     best_step: int | None,
-    scores: Mapping[str, float] | None = None,
   ) -> None:
     """Draws the page with the curves of the whole training.
 
@@ -225,7 +235,7 @@ class Reporter:
     in an earlier one; else of this one.
 
     Args:
-      variables, network, step, scores: see `take`.
+      variables, network, step: see `take`.
       best_step: of the run.
 
     Raises:
@@ -237,7 +247,10 @@ class Reporter:
       known = self._taken or report.pictured_step(self._workdir) == best_step
       if not known:
         self._unwritten = self.take(
-          variables, network=network, step=step, scores=scores
+          variables,
+          network=network,
+          step=step,
+          scores=self._stored_scores(),
         )
       if self._unwritten is not None:
         self._write()
@@ -392,6 +405,19 @@ class Reporter:
     )
     return np.sum(counts, 0, dtype=np.int64).tolist()
 
+  def _stored_scores(self) -> dict[str, float] | None:
+    """Of the best evaluation of the run; None if its images were not counted.
+
+    Runs of earlier versions have none.
+    """
+    folder = self._workdir / "evaluation"
+    if not folder.is_dir():
+      return None
+    try:
+      return scores_of(read_record(folder))
+    except RecordError as error:
+      raise RunError(str(error)) from error
+
   def _write(self) -> None:
     """Writes what was taken; it stays in memory if that fails."""
     if self._is_main:
@@ -408,7 +434,7 @@ class Reporter:
     self._unwritten = None
 
   def _put(self, batch: Mapping[str, np.ndarray], *names: str) -> dict:
-    return sharding.put_batch(
+    return sharding.put_whole_batch(
       self._program.mesh, {name: batch[name] for name in names}
     )
 

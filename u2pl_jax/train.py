@@ -39,8 +39,10 @@ from u2pl_jax.data import (
   open_eval_stream,
   open_train_stream,
 )
+from u2pl_jax.evaluation_record import EvaluationRecord, write_record
+from u2pl_jax.evaluator import Counts
 from u2pl_jax.models.weight_files import WeightsError
-from u2pl_jax.report_data import Reporter
+from u2pl_jax.report_data import Reporter, scores_of
 from u2pl_jax.train_state import TrainState, Variables
 from u2pl_jax.train_step import Recipe
 
@@ -49,6 +51,9 @@ logger = logging.getLogger(__name__)
 # Updates that may be queued on the device. More would hide nothing more, and
 # each holds a batch in its memory.
 _MAX_IN_FLIGHT = 2
+
+# In the workdir, the evaluation of the best step.
+EVALUATION_FOLDER = "evaluation"
 
 # A non-finite one of these means that the parameters are lost.
 _VITAL_METRICS = (
@@ -146,7 +151,7 @@ def train_and_evaluate(
           workdir, class_names=info.class_names, last_step=meta.step
         )
         stack.callback(writer.close)
-      run = _Run(config, program, data, checkpoints, writer, reporter)
+      run = _Run(config, program, data, checkpoints, writer, reporter, workdir)
       state, meta = run.train(state, meta)
     page = reporter.page
     if not (was_finished and page.exists()):
@@ -183,26 +188,16 @@ def evaluated_network(
   return "student", state.student
 
 
-def confusion_of(
+def counts_of(
   config: ml_collections.ConfigDict,
   program: Program,
   data: Data,
   variables: Variables,
   ids: tuple[str, ...],
-) -> np.ndarray:
-  """[k, k] int64 confusion matrix over the images `ids`."""
-  num_classes = data.info.num_classes
-  total = np.zeros((num_classes, num_classes), np.int64)
-  # The matrix of a batch is fetched when the next one is on its way.
-  pending = None
+) -> Counts:
+  """What the network makes of each of the images `ids`."""
   with contextlib.closing(open_eval_stream(config, data, ids)) as stream:
-    for batch in stream:
-      batch = _put(program, batch, "image", "label", "valid_box", "is_real")
-      confusion = program.eval_step(variables, batch)
-      if pending is not None:
-        total += np.asarray(pending, np.int64)
-      pending = confusion
-  return total + np.asarray(pending, np.int64)
+    return program.evaluator.count(variables, stream, len(ids))
 
 
 def evaluate(
@@ -211,6 +206,7 @@ def evaluate(
   data: Data,
   state: TrainState,
   step: int,
+  counts: Counts,
 ) -> dict[str, Any]:
   """Metrics `eval/...` of the validation images, `oracle/...` of hidden masks.
 
@@ -218,20 +214,24 @@ def evaluate(
     config, program, data: of the run.
     state: after `step` updates.
     step: decides which network is judged.
+    counts: of that network on the validation images.
 
   Returns:
     Numbers, and the vector `eval/iou` with NaN for a class that is absent.
   """
   name, variables = evaluated_network(state, step, program.recipe)
-  confusion = confusion_of(config, program, data, variables, data.validation)
+  confusion = counts.confusions.sum(0)
   metrics = {
     "eval/miou": metrics_lib.mean_iou(confusion),
     "eval/miou_present": metrics_lib.mean_iou_present(confusion),
     "eval/pixel_accuracy": metrics_lib.pixel_accuracy(confusion),
+    "eval/mean_accuracy": metrics_lib.mean_accuracy(confusion),
+    "eval/ece": metrics_lib.expected_calibration_error(counts.calibration),
     "eval/iou": metrics_lib.iou(confusion),
   }
   if name == "teacher" and data.oracle:
-    confusion = confusion_of(config, program, data, variables, data.oracle)
+    counts_u = counts_of(config, program, data, variables, data.oracle)
+    confusion = counts_u.confusions.sum(0)
     metrics |= {
       "oracle/pixel_accuracy": metrics_lib.pixel_accuracy(confusion),
       "oracle/ari": metrics_lib.adjusted_rand_index(confusion),
@@ -293,9 +293,11 @@ class _Run:
     checkpoints: Checkpoints,
     writer: writers.MetricsWriter | None,
     reporter: Reporter,
+    workdir: pathlib.Path,
   ):
     """`writer` is None on all processes but the first."""
     self._config = config
+    self._workdir = workdir
     self._program = program
     self._data = data
     self._checkpoints = checkpoints
@@ -401,13 +403,15 @@ class _Run:
     with self._clock.paused():
       is_best = False
       if eval_due:
-        line |= self._evaluate(step, state)
+        evaluation, counts = self._evaluate(step, state)
+        line |= evaluation
         is_best = meta.best_miou is None or line["eval/miou"] > meta.best_miou
         if is_best:
           meta = dataclasses.replace(
             meta, best_miou=line["eval/miou"], best_step=step
           )
           save_due = True
+          record = self._record(meta, counts)
       if line and self._writer is not None:
         self._writer.write(step, line)
       if save_due:
@@ -416,7 +420,9 @@ class _Run:
         self._checkpoints.save(state, meta)
       if is_best:
         network, variables = evaluated_network(state, step, recipe)
-        self._reporter.draw(variables, network=network, step=step)
+        self._reporter.draw(
+          variables, network=network, step=step, scores=scores_of(record)
+        )
     return meta
 
   def _train_line(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -475,11 +481,31 @@ class _Run:
       " config.optimizer.learning_rate or look at the images of these steps"
     )
 
-  def _evaluate(self, step: int, state: TrainState) -> dict[str, Any]:
+  def _record(self, meta: Meta, counts: Counts) -> EvaluationRecord:
+    """The evaluation of the best step so far; also writes it."""
+    record = self._program.evaluator.record(
+      counts,
+      checkpoint=str(self._workdir),
+      step=meta.step,
+      weights=meta.network,
+      config_hash=meta.config,
+      class_names=self._data.info.class_names,
+      image_ids=self._data.validation,
+    )
+    if self._writer is not None:
+      write_record(self._workdir / EVALUATION_FOLDER, record)
+    return record
+
+  def _evaluate(
+    self, step: int, state: TrainState
+  ) -> tuple[dict[str, Any], Counts]:
+    """Metrics of the network to judge, and its counts."""
     start = time.perf_counter()
-    recipe = self._program.recipe
-    line = evaluate(self._config, self._program, self._data, state, step)
-    data = self._data
+    recipe, data = self._program.recipe, self._data
+    _, variables = evaluated_network(state, step, recipe)
+    of_run = (self._config, self._program, data)
+    counts = counts_of(*of_run, variables, data.validation)
+    line = evaluate(*of_run, state, step, counts)
     line |= identify_split(data.info.name, data.labelled).metrics()
     line["time/eval_seconds"] = time.perf_counter() - start
     oracle = ""
@@ -499,7 +525,7 @@ class _Run:
       line["time/eval_seconds"],
       oracle,
     )
-    return line
+    return line, counts
 
   def _last_checkpoint(self) -> str:
     self._checkpoints.wait()
