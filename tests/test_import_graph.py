@@ -82,12 +82,21 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
     ),
     # A page is drawn without a backend, from any machine.
     "u2pl_jax.run_log": (set(), {"numpy"}),
-    "u2pl_jax.report_plots": (_u2pl({"run_log"}), {"matplotlib", "numpy"}),
-    "u2pl_jax.report": (_u2pl({"report_plots", "run_log"}), {"numpy"}),
-    "u2pl_jax.image_strip": (
-      _u2pl({"report_plots"}),
+    "u2pl_jax.report_figures": (_u2pl({"run_log"}), {"numpy"}),
+    "u2pl_jax.report_images": (
+      _u2pl({"run_log"}),
       {"PIL", "matplotlib", "numpy"},
     ),
+    "u2pl_jax.report_page": (
+      _u2pl({"report_figures", "report_images"}),
+      set(),
+    ),
+    "u2pl_jax.report": (
+      _u2pl({"report_figures", "report_images", "report_page", "run_log"})
+      | {"input_pipeline.storage"},
+      {"numpy"},
+    ),
+    "u2pl_jax.image_strip": (set(), {"PIL", "matplotlib", "numpy"}),
   }
   below: set[str] = set()
   for level in _LEAF_LEVELS:
@@ -268,7 +277,17 @@ def test_what_the_design_allows_is_allowed(module, source):
     ),
     ("input_pipeline", ("jax", "flax", "tensorflow")),
     ("u2pl_jax.evaluation_record", ("jax", "flax", "tensorflow", "cv2")),
-    ("u2pl_jax.report", ("jax", "flax", "tensorflow", "matplotlib.pyplot")),
+    (
+      "u2pl_jax.report",
+      (
+        "jax",
+        "flax",
+        "tensorflow",
+        "cv2",
+        "matplotlib.pyplot",
+        "plotly",
+      ),
+    ),
   ],
 )
 def test_importing_stays_light(module, heavy):

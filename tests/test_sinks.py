@@ -322,21 +322,22 @@ def test_no_pictures(root, tmp_path, fake_steps, monkeypatch, every, most):
   assert written == []
 
 
-def test_more_validation_images_than_are_logged(root):
-  samples = []
-  data = type("Data", (), {"validation": tuple("abcdefgh")})
-  config = testing.get_config()
-  config.log.report_images = 6
-
-  def stream(config, data, ids):
-    samples.append(ids)
-    return io.StringIO()
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, "open_eval_stream", stream)
-    train.report_samples(config, None, data, None)
-    train.report_samples(config, None, data, None, most=4)
-  assert samples == [tuple("abcdef"), tuple("abcd")]
+def test_more_images_in_the_report_than_are_logged(
+  root, tmp_path, fake_steps, monkeypatch
+):
+  monkeypatch.setattr(train, "evaluate", made_up)
+  monkeypatch.setattr(train, "_NUM_LOGGED_IMAGES", 2)
+  written = []
+  monkeypatch.setattr(
+    writers.MetricsWriter,
+    "write_images",
+    lambda self, step, images: written.append(list(images)),
+  )
+  config = loop.make_config(
+    root, **{"log.images_every_epochs": 5, "log.report_images": 3}
+  )
+  train.train_and_evaluate(config, tmp_path)
+  assert written == [["eval/image/v0", "eval/image/v1"]]
 
 
 def test_interval_must_not_be_negative():

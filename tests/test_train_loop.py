@@ -28,7 +28,7 @@ from u2pl_jax import data as data_lib
 from u2pl_jax.build import DataSpec, build
 from u2pl_jax.checkpoint import CheckpointError, Checkpoints
 from u2pl_jax.config_checks import ConfigError
-from u2pl_jax.evaluation_record import read_record, summarise
+from u2pl_jax.evaluation_record import image_miou, read_record, summarise
 from u2pl_jax.models import torch_weights
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -181,9 +181,18 @@ def test_what_a_run_leaves(root, finished):
   assert summary["ece"] == line["eval/ece"]
   assert record.image_ids == ("v0", "v1", "v2", "v3")
   assert record.protocol["name"] == "padded"
-  assert len(list((finished / "report" / "overlays").iterdir())) == 2
   steps = {int(p.name) for p in (finished / checkpoint.FOLDER).iterdir()}
   _, meta = read_state(make_config(root), finished)
+  pictured = json.loads((finished / "report" / "report.json").read_text())
+  assert pictured["pictures"]["step"] == meta.best_step
+  samples = pictured["pictures"]["samples"]
+  scores = dict(zip(record.image_ids, image_miou(record), strict=True))
+  assert [sample["group"] for sample in samples] == ["best", "worst"]
+  for sample, extreme in zip(samples, (max, min), strict=True):
+    assert scores[sample["id"]] == extreme(scores.values())
+    # The picture is of the network that was judged.
+    assert sample["miou"] == pytest.approx(scores[sample["id"]], abs=1e-9)
+  assert sum(pictured["labelled_pixels"]) > 0
   assert steps == {16, 20, meta.best_step}
   assert not list(finished.glob("*.tmp"))
 

@@ -6,8 +6,6 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from u2pl_jax.report_plots import overlay
-
 # Pixels: the longer side of each panel, and the gap between two.
 _PANEL_SIZE, _GAP = 256, 4
 
@@ -49,3 +47,27 @@ def image_strip(
       np.zeros((reduced.height, _GAP, 3), np.uint8),
     ]
   return np.concatenate(strip[:-1], axis=1)
+
+
+def overlay(
+  image: np.ndarray, labels: np.ndarray, palette: np.ndarray
+) -> np.ndarray:
+  """Class colours over the image; a label without class is striped.
+
+  Stripes, since any plain colour may be the colour of a class.
+
+  Args:
+    image: [h, w, 3] uint8.
+    labels: [h, w] int.
+    palette: [k, 3].
+
+  Returns:
+    [h, w, 3] uint8.
+  """
+  num_classes = len(palette)
+  has_class = (labels >= 0) & (labels < num_classes)
+  color = palette[np.where(has_class, labels, 0)].astype(np.float32)
+  y, x = np.indices(labels.shape)
+  stripe = (x + y) // max(2, labels.shape[1] // 64) % 2
+  color = np.where(has_class[..., None], color, 255 * stripe[..., None])
+  return (0.4 * image + 0.6 * color).round().astype(np.uint8)

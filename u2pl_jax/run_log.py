@@ -1,4 +1,4 @@
-"""What a run left behind: metrics.jsonl and config.json, read back.
+"""What a run left behind: its metrics, config and best evaluation, read back.
 
 Standard library and numpy only: anything may ask how a run went.
 """
@@ -27,8 +27,10 @@ class Run:
     config: the resolved config, empty if the file is missing.
     rows: of metrics.jsonl, one a step, ascending.
     skipped_lines: lines that are no metrics, such as a half-written last one.
-    extra: what an earlier report knew and the workdir does not tell: class
-      names, palette, pictures, command, versions.
+    extra: what an earlier report knew and the workdir does not tell: pictures,
+      command, devices, versions.
+    dataset: class names and colours, empty if the file is missing.
+    evaluation: summary of the best evaluation, empty if the file is missing.
   """
 
   workdir: pathlib.Path
@@ -36,6 +38,8 @@ class Run:
   rows: Sequence[Mapping[str, Any]]
   skipped_lines: int = 0
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def name(self) -> str:
@@ -43,7 +47,7 @@ class Run:
 
   @property
   def class_names(self) -> list[str]:
-    """As the last report had them, else in the order of the metrics."""
+    """Those of the data set, else in the order of the metrics."""
     prefix = "eval/iou/"
     found = {
       key.removeprefix(prefix): None
@@ -51,7 +55,13 @@ class Run:
       for key in row
       if key.startswith(prefix)
     }
-    return list(self.extra.get("class_names") or found)
+    known = self.dataset.get("class_names") or self.extra.get("class_names")
+    return list(known or found)
+
+  @property
+  def palette(self) -> list[list[int]]:
+    """Colours of the classes; empty if nothing says them."""
+    return list(self.dataset.get("palette") or self.extra.get("palette") or [])
 
   @property
   def report_page(self) -> pathlib.Path:
@@ -170,4 +180,6 @@ def read_run(workdir: str | os.PathLike) -> Run:
     rows=rows,
     skipped_lines=skipped,
     extra=_read_json(workdir / "report" / "report.json"),
+    dataset=_read_json(workdir / "dataset.json"),
+    evaluation=_read_json(workdir / "evaluation" / "metrics.json"),
   )

@@ -24,7 +24,7 @@ from input_pipeline.dataset_config import load_info, prepare_dataset
 from input_pipeline.split_families import identify_split
 from u2pl_jax import metrics as metrics_lib
 from u2pl_jax import optimizer as optimizer_lib
-from u2pl_jax import plateau, report, sharding, writers
+from u2pl_jax import plateau, sharding, writers
 from u2pl_jax.build import (
   DataSpec,
   Program,
@@ -40,10 +40,11 @@ from u2pl_jax.data import (
   open_eval_stream,
   open_train_stream,
 )
-from u2pl_jax.evaluation_record import write_record
+from u2pl_jax.evaluation_record import EvaluationRecord, write_record
 from u2pl_jax.evaluator import Counts
 from u2pl_jax.image_strip import image_strip
 from u2pl_jax.models.weight_files import WeightsError
+from u2pl_jax.report_data import Reporter, scores_of
 from u2pl_jax.train_state import TrainState, Variables
 from u2pl_jax.train_step import Recipe
 
@@ -146,6 +147,9 @@ def train_and_evaluate(
       writers.write_dataset(workdir, info, config.dataset.ignore_label)
     recipe = program.recipe
     was_finished = is_finished(config, recipe, meta)
+    reporter = Reporter(
+      config, program, data, workdir, devices=_describe_devices(program)
+    )
     if not was_finished:
       writer = None
       if is_main:
@@ -153,7 +157,7 @@ def train_and_evaluate(
           workdir, config, class_names=info.class_names, last_step=meta.step
         )
         stack.callback(writer.close)
-      run = _Run(config, program, data, checkpoints, writer, workdir)
+      run = _Run(config, program, data, checkpoints, writer, reporter, workdir)
       state, meta = run.train(state, meta)
     progress = plateau_progress(config, recipe, meta.evaluations)
     if meta.step < recipe.total_steps:
@@ -168,14 +172,15 @@ def train_and_evaluate(
     elif was_finished:
       logger.info("the run is finished: all %d steps are done", meta.step)
 
-    page = workdir / "report" / "index.html"
+    page = reporter.page
     if not (was_finished and page.exists()):
-      _, variables = evaluated_network(state, meta.step, recipe)
-      samples = report_samples(config, program, data, variables)
-      if is_main:
-        page = report.write_report(
-          workdir, samples, info, config.dataset.ignore_label
-        )
+      network, variables = evaluated_network(state, meta.step, recipe)
+      reporter.finish(
+        variables,
+        network=network,
+        step=meta.step,
+        best_step=meta.contenders[-1] if meta.contenders else None,
+      )
   logger.info(
     "best mIoU %.4f at step %d; report: %s",
     meta.best_miou,
@@ -312,43 +317,6 @@ def evaluate(
   return metrics
 
 
-def report_samples(
-  config: ml_collections.ConfigDict,
-  program: Program,
-  data: Data,
-  variables: Variables,
-  *,
-  most: int | None = None,
-) -> list[report.Sample]:
-  """The first validation images with what the network makes of them.
-
-  As many as config.log.report_images says, and not more than `most`.
-  """
-  ids = data.validation[: config.log.report_images][:most]
-  if not ids:
-    return []
-  samples = {}
-  with contextlib.closing(open_eval_stream(config, data, ids)) as stream:
-    for batch in stream:
-      classes, entropies = jax.device_get(
-        program.predict_step(
-          variables, _put(program, batch, "image", "valid_box")
-        )
-      )
-      for row in np.flatnonzero(batch["is_real"]):
-        top, left, bottom, right = batch["valid_box"][row]
-        inside = np.s_[row, top:bottom, left:right]
-        index = int(batch["index"][row])
-        samples[index] = report.Sample(
-          id=ids[index],
-          image=batch["image"][inside],
-          truth=batch["label"][inside],
-          prediction=classes[inside],
-          entropy=entropies[inside],
-        )
-  return [samples[index] for index in sorted(samples)]
-
-
 # -- The loop ------------------------------------------------------------------
 
 
@@ -401,6 +369,7 @@ class _Run:
     data: Data,
     checkpoints: Checkpoints,
     writer: writers.MetricsWriter | None,
+    reporter: Reporter,
     workdir: pathlib.Path,
   ):
     """`writer` is None on all processes but the first."""
@@ -410,6 +379,7 @@ class _Run:
     self._data = data
     self._checkpoints = checkpoints
     self._writer = writer
+    self._reporter = reporter
     self._clock = _Clock()
     self._compiled: set[str] = set()
     self._last_finite_step = 0
@@ -519,6 +489,7 @@ class _Run:
       self._clock.restart()
     self._check_finite(step, train_metrics, line)
     with self._clock.paused():
+      is_highest = False
       if eval_due:
         evaluation, counts = self._evaluate(step, state)
         line |= evaluation
@@ -536,7 +507,7 @@ class _Run:
         is_highest = rivals[-1][0] == step
         save_due |= is_highest or is_finished(config, recipe, meta)
         if is_highest:
-          self._write_record(meta, counts)
+          record = self._record(meta, counts)
       if line and self._writer is not None:
         self._writer.write(step, line)
       if images_due:
@@ -545,6 +516,11 @@ class _Run:
         if self._writer is not None:
           self._writer.sync()
         self._checkpoints.save(state, meta)
+      if is_highest:
+        network, variables = evaluated_network(state, step, recipe)
+        self._reporter.draw(
+          variables, network=network, step=step, scores=scores_of(record)
+        )
     return state, meta
 
   def _follow_plateau(
@@ -592,13 +568,10 @@ class _Run:
   def _write_images(self, step: int, state: TrainState) -> None:
     """Pictures of the same few validation images every time."""
     _, variables = evaluated_network(state, step, self._program.recipe)
+    ids = self._data.validation[: self._config.log.report_images]
     # On all processes: the network is spread over their devices.
-    samples = report_samples(
-      self._config,
-      self._program,
-      self._data,
-      variables,
-      most=_NUM_LOGGED_IMAGES,
+    samples = self._reporter.samples(
+      variables, [(image_id, "first") for image_id in ids[:_NUM_LOGGED_IMAGES]]
     )
     if self._writer is None:
       return
@@ -680,10 +653,8 @@ class _Run:
       " config.optimizer.learning_rate or look at the images of these steps"
     )
 
-  def _write_record(self, meta: Meta, counts: Counts) -> None:
-    """Writes the evaluation that has the highest mIoU so far."""
-    if self._writer is None:
-      return
+  def _record(self, meta: Meta, counts: Counts) -> EvaluationRecord:
+    """The evaluation with the highest mIoU so far; also writes it."""
     record = self._program.evaluator.record(
       counts,
       checkpoint=str(self._workdir),
@@ -693,7 +664,9 @@ class _Run:
       class_names=self._data.info.class_names,
       image_ids=self._data.validation,
     )
-    write_record(self._workdir / EVALUATION_FOLDER, record)
+    if self._writer is not None:
+      write_record(self._workdir / EVALUATION_FOLDER, record)
+    return record
 
   def _evaluate(
     self, step: int, state: TrainState
@@ -766,20 +739,13 @@ def _log_head(
   data: Data,
   abstract: TrainState,
 ) -> None:
-  recipe, devices = program.recipe, program.mesh.devices.ravel()
+  recipe = program.recipe
   num_parameters = sum(
     math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.student.params)
   )
   logger.info("config:\n%s", str(config).rstrip())
   logger.info("%s, method %s, workdir %s", config.name, config.method, workdir)
-  logger.info(
-    "jax %s on %d x %s (%s), %d process(es)",
-    jax.__version__,
-    devices.size,
-    devices[0].device_kind,
-    devices[0].platform,
-    jax.process_count(),
-  )
+  logger.info("jax %s on %s", jax.__version__, _describe_devices(program))
   logger.info(
     "network: %s, %s, %s parameters, convolutions in %s",
     config.model.backbone,
@@ -821,6 +787,14 @@ def _log_head(
       recipe.high_rank,
     )
   logger.info("quirks: %s", ", ".join(sorted(recipe.quirks)) or "none")
+
+
+def _describe_devices(program: Program) -> str:
+  devices = program.mesh.devices.ravel()
+  return (
+    f"{devices.size} x {devices[0].device_kind} ({devices[0].platform}),"
+    f" {jax.process_count()} process(es)"
+  )
 
 
 def _duration(seconds: float) -> str:
