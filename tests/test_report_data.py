@@ -132,12 +132,14 @@ def test_negatives_are_ranks_of_the_teacher(run, workdir):
   recipe = program.recipe
   height, width = 64, 64
   rng = np.random.default_rng(0)
-  image = rng.integers(0, 256, (2, height, width, 3)).astype(np.uint8)
-  valid_box = np.array([[0, 0, height, width], [0, 0, 32, 64]], np.int32)
+  image = rng.integers(0, 256, (3, height, width, 3)).astype(np.uint8)
+  whole, upper = [0, 0, height, width], [0, 0, 32, 64]
+  valid_box = np.array([whole, upper, whole], np.int32)
   batch = {
     "image": image,
     "valid_box": valid_box,
-    "is_real": np.array([True, True]),
+    # The last one only fills the batch.
+    "is_real": np.array([True, True, False]),
   }
   step = report_data.make_method_step(program.model, recipe)
   result = jax.device_get(jax.jit(step)(state.student, batch, 30.0))
@@ -155,7 +157,8 @@ def test_negatives_are_ranks_of_the_teacher(run, workdir):
   # Padding has neither pseudo label nor place in the percentiles.
   assert (result["pseudo_labels"][1, 32:] == recipe.ignore_label).all()
   for name in ("keep_mask", "reliable_mask", "unreliable_mask"):
-    assert not result[name][1, 32:].any()
+    assert not result[name][1, 32:].any() and not result[name][2].any()
+    assert result[name][1, :32].any()
 
 
 def _normalised(image, valid_box, recipe):
