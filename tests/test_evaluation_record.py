@@ -237,10 +237,11 @@ def test_pairing_removes_what_is_common():
   confusions = np.zeros((40, 2, 2), np.int64)
   confusions[:, 0, 0], confusions[:, 0, 1] = right, 100 - right
   ids = tuple(map(str, range(40)))
-  names = {"class_names": NAMES[:2], "image_ids": ids, "boundary": None}
-  a = record(confusions=confusions, **names)
+  names = {"class_names": NAMES[:2], "boundary": None}
+  a = record(confusions=confusions, image_ids=ids, **names)
   shifted = confusions + np.asarray([[1, -1], [0, 0]])
-  b = record(confusions=shifted, **names)
+  # In another order, which must not matter.
+  b = record(confusions=shifted[::-1], image_ids=ids[::-1], **names)
   sky = compare(a, b)["iou"]["sky"]
   assert sky["low"] == pytest.approx(0.01) == sky["high"]
   own = miou_interval(confusions)
