@@ -35,6 +35,7 @@ from u2pl_jax.report_plots import (
   warmup_end,
 )
 from u2pl_jax.run_log import Run, RunError, read_run
+from u2pl_jax.run_stats import write_stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -476,7 +477,10 @@ def _versions() -> dict[str, str]:
 
 
 def _render(run: Run, extra: Mapping[str, Any]) -> pathlib.Path:
-  """Draws plots and page and remembers `extra` beside them."""
+  """Draws plots and page and remembers `extra` beside them.
+
+  The tables and pictures of `run_stats` are made new with them.
+  """
   run = dataclasses.replace(run, extra=extra)
   folder = run.report_page.parent
   folder.mkdir(parents=True, exist_ok=True)
@@ -488,6 +492,7 @@ def _render(run: Run, extra: Mapping[str, Any]) -> pathlib.Path:
   text = json.dumps(extra, indent=2, ensure_ascii=False)
   _write_text(folder / "report.json", text + "\n")
   _write_text(run.report_page, _report_html(run, plots, extra))
+  write_stats(run)
   return run.report_page
 
 
