@@ -76,12 +76,13 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
     # A page is drawn without a backend, from any machine.
     "u2pl_jax.run_log": (set(), {"numpy"}),
     "u2pl_jax.report_plots": (_u2pl({"run_log"}), {"matplotlib", "numpy"}),
+    "u2pl_jax.advice": (_u2pl({"run_log"}), {"numpy"}),
     "u2pl_jax.run_stats": (
       {"input_pipeline.storage"} | _u2pl({"run_log"}),
       {"matplotlib", "numpy"},
     ),
     "u2pl_jax.report": (
-      _u2pl({"report_plots", "run_log", "run_stats"}),
+      _u2pl({"advice", "report_plots", "run_log", "run_stats"}),
       {"numpy"},
     ),
   }

@@ -185,3 +185,12 @@ def test_the_report_writes_them_too(tmp_path):
   report.refresh_report(tmp_path)
   assert len(_read_csv(tmp_path)) == 2
   assert (tmp_path / "plots" / "eval_miou.png").is_file()
+
+
+def test_a_class_name_may_hold_a_slash(tmp_path):
+  groups = run_stats._groups(_run(tmp_path, _rows()))
+  assert groups["eval/iou"] == [
+    ("road", "eval/iou/road"),
+    ("a/b", "eval/iou/a/b"),
+  ]
+  assert groups["eval/miou"] == [("", "eval/miou")]

@@ -2,9 +2,12 @@
 
   python -m u2pl_jax.report WORKDIR
   python -m u2pl_jax.report WORKDIR WORKDIR ... --output FOLDER
+  python -m u2pl_jax.report --advice WORKDIR [WORKDIR ...]
 
 The first command draws a run's page again from metrics.jsonl and config.json,
-the second also compares runs on one page. Nothing here needs jax or a network,
+the second also compares runs on one page, the third draws nothing: it prints
+what stands out in the metrics and what to change, compared with the first
+supervised run among the workdirs. Nothing here needs jax or a network,
 and the pages are plain HTML and PNG without script: they open from a file.
 """
 
@@ -25,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from u2pl_jax.advice import advice_text
 from u2pl_jax.report_plots import (
   PLOT_DPI,
   PLOT_WIDTH,
@@ -717,11 +721,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     help="folder of the comparison (default: 'comparison' beside the first"
     " run); of several runs only",
   )
+  parser.add_argument(
+    "--advice",
+    action="store_true",
+    help="print what stands out in the metrics and what to change; no page",
+  )
   options = parser.parse_args(arguments)
   several = len(options.workdirs) > 1
+  if options.advice and options.output:
+    parser.error("--advice writes no page: leave --output out")
   if options.output and not several:
     parser.error("--output is for the comparison of several runs")
   try:
+    if options.advice:
+      print(advice_text([read_run(path) for path in options.workdirs]))
+      return 0
     for workdir in options.workdirs:
       print(refresh_report(workdir))
     if several:

@@ -57,6 +57,15 @@ class Run:
   def report_page(self) -> pathlib.Path:
     return self.workdir / "report" / "index.html"
 
+  @property
+  def steps_per_epoch(self) -> float | None:
+    """From the last line with `train/epoch`; None if there is none."""
+    steps, epochs = self.series("train/epoch")
+    known = np.flatnonzero(epochs > 0)
+    if not known.size:
+      return None
+    return float(steps[known[-1]] / epochs[known[-1]])
+
   def setting(self, path: str) -> Any:
     """The config's value at 'a.b.c'; None if there is none."""
     value: Any = self.config

@@ -57,15 +57,6 @@ class Stats:
   best_miou: float | None
 
 
-def steps_per_epoch(run: Run) -> float | None:
-  """From the last line that has an epoch; None if no line has one."""
-  steps, epochs = run.series(_EPOCH)
-  known = np.flatnonzero(epochs > 0)
-  if not known.size:
-    return None
-  return float(steps[known[-1]] / epochs[known[-1]])
-
-
 def make_stats(run: Run) -> Stats:
   """The table of a run: one row for every step that was evaluated.
 
@@ -82,7 +73,7 @@ def make_stats(run: Run) -> Stats:
   """
   names = _metric_names(run.rows)
   best = run.best(_BEST_BY)
-  per_epoch = steps_per_epoch(run)
+  per_epoch = run.steps_per_epoch
 
   def epoch_of(step: int) -> float | None:
     return None if per_epoch is None else round(step / per_epoch, 6)
@@ -176,14 +167,14 @@ def _groups(run: Run) -> dict[str, list[tuple[str, str]]]:
 
 def _write_plots(run: Run, stats: Stats) -> None:
   folder = run.workdir / PLOTS_FOLDER
-  per_epoch = steps_per_epoch(run) or 1.0
+  per_epoch = run.steps_per_epoch or 1.0
   mark = None
   if stats.best_step is not None:
     unit = "step" if stats.best_epoch is None else "epoch"
     at = stats.best_step if stats.best_epoch is None else stats.best_epoch
     text = f"best: {unit} {at:g}, mIoU {100 * stats.best_miou:.2f} %"
     mark = (stats.best_step / per_epoch, text)
-  axis = "step" if steps_per_epoch(run) is None else "epoch"
+  axis = "step" if run.steps_per_epoch is None else "epoch"
   figure = Figure(dpi=_DPI)
   canvas = FigureCanvasAgg(figure)
   for group, members in _groups(run).items():
