@@ -2,8 +2,10 @@
 
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import NoReturn
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -25,10 +27,34 @@ def parse_flags(argv: list[str], *, code: int = 1) -> list[str]:
     argv: name of the program and its arguments.
     code: status to exit with if they are wrong.
   """
+  return _parse(flags.FLAGS, CONFIG, argv, code)
+
+
+def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
+  """The config of a command that another process will run.
+
+  Args:
+    arguments: '--config=file.py:argument' and then '--config.key=value' ...
+
+  Returns:
+    The resolved config. What is wrong ends the program with one line.
+  """
+  argv = ["load_config", *arguments]
+  values = flags.FlagValues()
+  config = config_flags.DEFINE_config_file(
+    "config", flag_values=values, sys_argv=argv
+  )
+  _parse(values, config, argv, 1)
+  return config.value
+
+
+def _parse(
+  values: flags.FlagValues, config: flags.FlagHolder, argv: list[str], code: int
+) -> list[str]:
   try:
-    arguments = flags.FLAGS(argv)
+    arguments = values(argv)
     # A file that is missing shows at the first look into the config.
-    has_config = CONFIG.value is not None and "name" in CONFIG.value
+    has_config = config.value is not None and "name" in config.value
   except flags.Error as error:
     # An error in get_config arrives as text that ends with its own line.
     fail(str(error).strip().splitlines()[-1], code)

@@ -472,6 +472,15 @@ def test_few_semi_supervised_lines_are_told():
   assert "Nothing stands out" in text
 
 
+def test_few_evaluations_say_nothing_of_a_trend():
+  rows = _healthy()
+  for step in (50, 150, 200, 250, 300):
+    rows[step] = {k: v for k, v in rows[step].items() if k[:5] != "eval/"}
+  # 40 % at step 100, and 19 % at the third and last evaluation.
+  rows[400] |= {"eval/iou/coin": 0.19, "eval/miou": 0.7}
+  assert advice.findings(_run(rows)) == []
+
+
 @pytest.mark.parametrize("removed", ["train/", "eval/", "time/", "oracle/"])
 @pytest.mark.parametrize("title", CASES)
 def test_missing_metrics_are_no_error(removed, title):

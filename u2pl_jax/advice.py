@@ -313,6 +313,8 @@ def _lost_classes(run: Run) -> Finding | None:
   start, end = _end_of_warmup(run), _last_evaluation(run)
   if start is None or end[0] == start[0]:
     return None
+  if run.series("eval/miou")[0].size < _MIN_EVALUATIONS:
+    return None
   lost = []
   for name in _classes(run, "eval/iou"):
     before = run.value_at(f"eval/iou/{name}", start[0])
@@ -577,6 +579,8 @@ def _unlearned_classes(run: Run) -> Finding | None:
   """Classes that are not recognised in the end."""
   end, progress = _last_evaluation(run), _progress(run)
   if end is None or (progress is not None and progress < 0.5):
+    return None
+  if run.series("train/sup_loss")[0].size < _MIN_LINES:
     return None
   ious = {
     name: run.value_at(f"eval/iou/{name}", end[0])
