@@ -185,7 +185,7 @@ def make_entry(job: Job, error: str | None) -> dict[str, Any]:
   if error is None:
     try:
       run = read_run(job.workdir)
-      best, last = run.best("eval/miou"), run.last("eval/miou")
+      best, last = run.best_evaluation, run.last("eval/miou")
     except RunError as broken:
       return make_entry(job, str(broken))
     if best is None:
@@ -340,7 +340,8 @@ def sweep_text(
   if summary:
     lines += [
       f"mIoU in percent, {protocol}. 'last' is the last evaluation of a run,"
-      " 'best' the highest of all: chosen on the same images, so it flatters."
+      " 'best' that of the checkpoint that is kept as the best: chosen on the"
+      " same images, so it flatters."
       " Standard deviations are over seeds, with n - 1.",
       "",
       *_seed_table(entries),

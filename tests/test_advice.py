@@ -448,6 +448,10 @@ def test_an_unfinished_run_is_not_judged_by_its_end():
   assert _titles(run) == []
   # The same is the end if the run was meant to be that long.
   assert len(_titles(_run(rows, schedule__epochs=20))) == 1
+  # And the schedule 'plateau' may end it there.
+  rows[200]["eval/plateau_stop"] = 1
+  assert len(_titles(_run(rows))) == 1
+  rows[200]["eval/plateau_stop"] = 0
   text = advice.advice_text([run])
   assert "50.0 % of its epochs" in text and "Nothing stands out" in text
 

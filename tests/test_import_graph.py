@@ -25,6 +25,8 @@ _LEAF_LEVELS = (
     "losses",
     "metrics",
     "optimizer",
+    "pixel_counts",
+    "plateau",
     "reliability",
     "rngs",
   },
@@ -73,8 +75,13 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
       _u2pl(_LEAVES | {"models.layers", "train_state"}),
       maths,
     ),
+    # Two evaluations are compared without a backend, from any machine.
+    "u2pl_jax.evaluation_record": (
+      _u2pl({"metrics"}) | {"input_pipeline"},
+      {"numpy"},
+    ),
     # A page is drawn without a backend, from any machine.
-    "u2pl_jax.run_log": (set(), {"numpy"}),
+    "u2pl_jax.run_log": (_u2pl({"plateau"}), {"numpy"}),
     "u2pl_jax.report_plots": (_u2pl({"run_log"}), {"matplotlib", "numpy"}),
     "u2pl_jax.advice": (_u2pl({"run_log"}), {"numpy"}),
     "u2pl_jax.run_stats": (
@@ -84,6 +91,10 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
     "u2pl_jax.report": (
       _u2pl({"advice", "report_plots", "run_log", "run_stats"}),
       {"numpy"},
+    ),
+    "u2pl_jax.image_strip": (
+      _u2pl({"report_plots"}),
+      {"PIL", "matplotlib", "numpy"},
     ),
   }
   below: set[str] = set()
@@ -104,6 +115,7 @@ _OWNERS = {
   "tensorflow_datasets": {"input_pipeline"},
   "clu": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},
   "tensorflow": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},
+  "wandb": {"u2pl_jax.writers"},
 }
 # Calls that place arrays on devices; as annotations the names are free.
 _SHARDING_CALLS = {"Mesh", "NamedSharding", "make_mesh"}
@@ -222,12 +234,14 @@ def test_every_rule_is_about_a_module_that_exists():
     ("u2pl_jax.train_step", "from u2pl_jax.models.deeplab import DeepLab"),
     ("u2pl_jax.train_step", "from u2pl_jax import sharding"),
     ("u2pl_jax.train_step", "from clu import metric_writers"),
+    ("u2pl_jax.evaluation_record", "import jax"),
     ("u2pl_jax.report", "import jax"),
     ("u2pl_jax.report", "from u2pl_jax.train import evaluate"),
     ("u2pl_jax.train", "import orbax.checkpoint as ocp"),
     ("u2pl_jax.train", "import grain"),
     ("u2pl_jax.train", "import tensorflow_datasets as tfds"),
     ("u2pl_jax.build", "import tensorflow as tf"),
+    ("u2pl_jax.train", "import wandb"),
     ("u2pl_jax.build", "mesh = jax.make_mesh((1,), ('data',))"),
     ("u2pl_jax.build", "sharding = NamedSharding(mesh, spec)"),
     ("u2pl_jax.build", "mesh = jax.sharding.Mesh(devices, ('data',))"),
@@ -261,6 +275,7 @@ def test_what_the_design_allows_is_allowed(module, source):
       ("tensorflow", "clu", "tensorflow_datasets", "grain", "orbax"),
     ),
     ("input_pipeline", ("jax", "flax", "tensorflow")),
+    ("u2pl_jax.evaluation_record", ("jax", "flax", "tensorflow", "cv2")),
     ("u2pl_jax.report", ("jax", "flax", "tensorflow", "matplotlib.pyplot")),
   ],
 )

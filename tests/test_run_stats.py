@@ -194,3 +194,20 @@ def test_a_class_name_may_hold_a_slash(tmp_path):
     ("a/b", "eval/iou/a/b"),
   ]
   assert groups["eval/miou"] == [("", "eval/miou")]
+
+
+def test_a_plateau_schedule_has_its_own_best(tmp_path):
+  """As the checkpoints: the first within the threshold of the highest."""
+  rows = [
+    {"step": step, "eval/miou": miou}
+    for step, miou in ((10, 0.5), (20, 0.5995), (30, 0.6), (40, 0.55))
+  ]
+  plateau = {"schedule": "plateau", "plateau": {"threshold": 0.001}}
+  for optimizer, best in ((plateau, 20), ({"schedule": "poly"}, 30)):
+    config = json.dumps(
+      {"optimizer": {"plateau": {"threshold": 1}} | optimizer}
+    )
+    (tmp_path / "config.json").write_text(config)
+    run = _run(tmp_path, rows)
+    assert run.best_evaluation[0] == best
+    assert run_stats.make_stats(run).best_step == best

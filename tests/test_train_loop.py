@@ -28,6 +28,7 @@ from u2pl_jax import data as data_lib
 from u2pl_jax.build import DataSpec, build
 from u2pl_jax.checkpoint import CheckpointError, Checkpoints
 from u2pl_jax.config_checks import ConfigError
+from u2pl_jax.evaluation_record import read_record, summarise
 from u2pl_jax.models import torch_weights
 from u2pl_jax.run_log import read_run
 
@@ -113,6 +114,10 @@ def read_metrics(workdir, *, with_time=False):
   ]
 
 
+def best_of(workdir):
+  return max(x.get("eval/miou", -1) for x in read_metrics(workdir))
+
+
 def read_state(config, workdir):
   """The state of the newest checkpoint, and its meta data."""
   info = dataset_info(config.dataset.name)
@@ -169,6 +174,14 @@ def test_what_a_run_leaves(root, finished):
   config = json.loads((finished / writers.CONFIG_FILE).read_text())
   assert config["dataset"]["root"] == str(root)
   assert (finished / "report" / "index.html").is_file()
+  record = read_record(finished / train.EVALUATION_FOLDER)
+  line = {x["step"]: x for x in read_metrics(finished)}[record.step]
+  summary = summarise(record)
+  assert summary["miou"] == line["eval/miou"] == best_of(finished)
+  assert summary["mean_accuracy"] == line["eval/mean_accuracy"]
+  assert summary["ece"] == line["eval/ece"]
+  assert record.image_ids == ("v0", "v1", "v2", "v3")
+  assert record.protocol["name"] == "padded"
   assert len(list((finished / "report" / "overlays").iterdir())) == 2
   # Five evaluations.
   assert len((finished / "stats.csv").read_text().splitlines()) == 1 + 5
@@ -279,8 +292,9 @@ write = writers.MetricsWriter.write
 def write_and_die(self, step, metrics):
   write(self, step, metrics)
   if step == 15:
-    self._file.write('{"step": 16, "train/su')
-    self._file.flush()
+    file = self._sinks[0]._file
+    file.write('{"step": 16, "train/su')
+    file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 writers.MetricsWriter.write = write_and_die
 pass"""
@@ -513,22 +527,14 @@ def test_last_eval_batch_counts_once(root):
   data = data_lib.load_data(config, info)
   ids = data.validation[:3]
   program = build(config, DataSpec(NUM_CLASSES, info.mean, info.std, 16))
-  # Predicts class 0 everywhere and counts what it is asked.
-  program = dataclasses.replace(
-    program,
-    eval_step=lambda _, batch: (
-      jnp.zeros((11, 11), jnp.int32)
-      .at[0, 0]
-      .set(((batch["label"] != 255) & batch["is_real"][:, None, None]).sum())
-    ),
-  )
-  confusion = train.confusion_of(config, program, data, None, ids)
-  assert confusion.dtype == np.int64
-  pixels = 0
-  for name in ids:
+  network = program.create_state().student
+  counts = train.counts_of(config, program, data, network, ids)
+  assert counts.confusions.dtype == np.int64
+  for name, confusion in zip(ids, counts.confusions, strict=True):
     mask = Image.open(root / "SegmentationClass" / f"{name}.png")
-    pixels += (np.asarray(mask) != 255).sum()
-  assert confusion.sum() == pixels
+    pixels = np.asarray(mask)
+    expected = np.bincount(pixels[pixels != 255], minlength=NUM_CLASSES)
+    np.testing.assert_array_equal(confusion.sum(1), expected)
 
 
 # -- Bad input, before anything compiles ---------------------------------------

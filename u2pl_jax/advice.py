@@ -148,6 +148,8 @@ def _number_of_classes(run: Run) -> int:
 
 def _progress(run: Run) -> float | None:
   """Share of the run that is over; None if the workdir does not tell."""
+  if run.last("eval/plateau_stop"):
+    return 1.0  # Meant to end before the last epoch.
   epoch, epochs = run.last("train/epoch"), run.setting("schedule.epochs")
   return epoch / epochs if epoch is not None and epochs else None
 

@@ -467,7 +467,7 @@ def run_plots(run: Run) -> list[Plot]:
   return [plot for plot in plots if plot is not None]
 
 
-def _overlay(
+def overlay(
   image: np.ndarray, labels: np.ndarray, palette: np.ndarray
 ) -> np.ndarray:
   """Class colours over the image; a label without class is striped.
@@ -516,8 +516,8 @@ def save_overlay(
   panel = float(np.clip(width, 260, 480)) / dpi
   panels = (
     ("image", image),
-    ("truth", _overlay(image, truth, palette)),
-    ("prediction", _overlay(image, prediction, palette)),
+    ("truth", overlay(image, truth, palette)),
+    ("prediction", overlay(image, prediction, palette)),
     (f"entropy, 0 to {max_entropy:.2f} nats", entropy),
   )
   # In proportion, since the page shows all pictures equally wide.

@@ -26,8 +26,8 @@ from u2pl_jax.run_log import Run
 
 CSV_FILE, JSON_FILE, PLOTS_FOLDER = "stats.csv", "stats.json", "plots"
 
-# The yardstick of all other metrics, and what the best epoch is best by.
-_EPOCH, _BEST_BY = "train/epoch", "eval/miou"
+# The yardstick of all other metrics.
+_EPOCH = "train/epoch"
 # Facts of the data that do not change from line to line: not worth a picture.
 _FACTS = "data/"
 # Points of a curve: about the width of a picture in pixels.
@@ -47,8 +47,8 @@ class Stats:
   Attributes:
     columns: name -> values, all of the same length, None where unknown:
       `epoch`, `step`, `is_best`, then the metrics by name.
-    best_epoch, best_step, best_miou: of the first of the highest mIoU; None
-      before the first evaluation, the epoch also if no line has `train/epoch`.
+    best_epoch, best_step, best_miou: of `Run.best_evaluation`; None before the
+      first evaluation, the epoch also if no line has `train/epoch`.
   """
 
   columns: Mapping[str, Sequence[Any]]
@@ -72,7 +72,7 @@ def make_stats(run: Run) -> Stats:
     `Stats`; its columns are empty before the first evaluation.
   """
   names = _metric_names(run.rows)
-  best = run.best(_BEST_BY)
+  best = run.best_evaluation
   per_epoch = run.steps_per_epoch
 
   def epoch_of(step: int) -> float | None:
