@@ -81,7 +81,12 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
       {"numpy"},
     ),
     # A page is drawn without a backend, from any machine.
-    "u2pl_jax.run_log": (set(), {"numpy"}),
+    "u2pl_jax.run_log": (_u2pl({"plateau"}), {"numpy"}),
+    "u2pl_jax.advice": (_u2pl({"run_log"}), {"numpy"}),
+    "u2pl_jax.run_stats": (
+      {"input_pipeline.storage"} | _u2pl({"run_log"}),
+      {"matplotlib", "numpy"},
+    ),
     "u2pl_jax.report_figures": (_u2pl({"run_log"}), {"numpy"}),
     "u2pl_jax.report_images": (
       _u2pl({"run_log"}),
@@ -92,8 +97,17 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
       set(),
     ),
     "u2pl_jax.report": (
-      _u2pl({"report_figures", "report_images", "report_page", "run_log"})
-      | {"input_pipeline.storage"},
+      {"input_pipeline.storage"}
+      | _u2pl(
+        {
+          "advice",
+          "report_figures",
+          "report_images",
+          "report_page",
+          "run_log",
+          "run_stats",
+        }
+      ),
       {"numpy"},
     ),
     "u2pl_jax.image_strip": (set(), {"PIL", "matplotlib", "numpy"}),

@@ -23,13 +23,14 @@ from PIL import Image
 
 from configs import testing
 from input_pipeline import DataError, dataset_info
-from u2pl_jax import checkpoint, train, writers
+from u2pl_jax import advice, checkpoint, train, writers
 from u2pl_jax import data as data_lib
 from u2pl_jax.build import DataSpec, build
 from u2pl_jax.checkpoint import CheckpointError, Checkpoints
 from u2pl_jax.config_checks import ConfigError
 from u2pl_jax.evaluation_record import image_miou, read_record, summarise
 from u2pl_jax.models import torch_weights
+from u2pl_jax.run_log import read_run
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 NUM_CLASSES = 11  # Those of 'camvid', whose name stands in the config.
@@ -181,6 +182,9 @@ def test_what_a_run_leaves(root, finished):
   assert summary["ece"] == line["eval/ece"]
   assert record.image_ids == ("v0", "v1", "v2", "v3")
   assert record.protocol["name"] == "padded"
+  # Five evaluations.
+  assert len((finished / "stats.csv").read_text().splitlines()) == 1 + 5
+  assert (finished / "plots" / "train_bank_fill.png").is_file()
   steps = {int(p.name) for p in (finished / checkpoint.FOLDER).iterdir()}
   _, meta = read_state(make_config(root), finished)
   pictured = json.loads((finished / "report" / "report.json").read_text())
@@ -195,6 +199,12 @@ def test_what_a_run_leaves(root, finished):
   assert sum(pictured["labelled_pixels"]) > 0
   assert steps == {16, 20, meta.best_step}
   assert not list(finished.glob("*.tmp"))
+
+
+def test_advice_on_a_tiny_run(finished):
+  """Of 20 steps, which teach next to nothing, it says no more than is true."""
+  titles = {finding.title for finding in advice.findings(read_run(finished))}
+  assert titles <= {"The run was still improving at its end"}
 
 
 def test_lines_of_a_run(finished):

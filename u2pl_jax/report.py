@@ -2,10 +2,14 @@
 
   python -m u2pl_jax.report WORKDIR
   python -m u2pl_jax.report WORKDIR WORKDIR ... --output FOLDER
+  python -m u2pl_jax.report --advice WORKDIR [WORKDIR ...]
 
-The first command draws a run's page again from what the run left behind, the
-second also compares runs on one page. Nothing here needs jax or a network, and
-the pages open from a file: plotly lies beside them.
+The first command draws a run's page again from what the run left behind, and
+the tables and pictures of run_stats.py. The second also compares runs on one
+page. The third draws nothing: it prints what stands out in the metrics and what
+to change, compared with the first supervised run among the workdirs. Nothing
+here needs jax or a network, and the pages open from a file: plotly lies beside
+them.
 """
 
 import argparse
@@ -27,9 +31,11 @@ import numpy as np
 
 from input_pipeline import storage
 from u2pl_jax import report_figures, report_page
+from u2pl_jax.advice import advice_text, findings
 from u2pl_jax.report_images import Pictures, draw_pictures
 from u2pl_jax.report_page import escape, percent
 from u2pl_jax.run_log import Run, RunError, read_run
+from u2pl_jax.run_stats import write_stats
 
 _METHODS = {
   "u2pl": "U2PL, semi-supervised",
@@ -89,7 +95,7 @@ def _hours_text(hours: float) -> str:
 def _interval(run: Run) -> tuple[float, float] | None:
   """Of the best mIoU, if its images were counted."""
   interval = run.evaluation.get("interval") or {}
-  best = run.best("eval/miou")
+  best = run.best_evaluation
   if best is None or run.evaluation.get("step") != best[0]:
     return None
   low, high = interval.get("low"), interval.get("high")
@@ -101,7 +107,7 @@ def _interval(run: Run) -> tuple[float, float] | None:
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
   found = []
-  best = run.best("eval/miou")
+  best = run.best_evaluation
   if best is not None:
     interval = _interval(run)
     note = f"step {best[0]:,}"
@@ -160,7 +166,7 @@ def _iou_table(run: Run) -> str:
   if not steps.size:
     legend = report_page.class_legend(names, palette)
     return f'<div class="card">{legend}</div>'
-  last, best = int(steps[-1]), run.best("eval/miou")[0]
+  last, best = int(steps[-1]), run.best_evaluation[0]
   rows = []
   for i, name in enumerate(names):
     key = f"eval/iou/{name}"
@@ -230,13 +236,13 @@ def _images_note(pictures: Mapping[str, Any]) -> str:
   return f"{chosen}; the {pictures['network']} after step {pictures['step']:,}."
 
 
-def _run_page(run: Run, findings: Sequence[Any] = ()) -> str:
+def _run_page(run: Run) -> str:
   extra = run.extra
   pictures = extra.get("pictures") or {}
   names, palette = run.class_names, run.palette
   config = json.dumps(run.config, indent=2, ensure_ascii=False)
   sections = [
-    ("advice", "Advice", [report_page.advice(findings)], ""),
+    ("advice", "Advice", [report_page.advice(findings(run))], ""),
     (
       "curves",
       "Curves",
@@ -314,7 +320,7 @@ def _curves_note(run: Run) -> str:
   words = []
   if report_figures.warmup_end(run) is not None:
     words.append("Shaded: warm-up, from labels alone.")
-  if run.best("eval/miou") is not None:
+  if run.best_evaluation is not None:
     words.append("Dotted: the best evaluation.")
   words.append(
     "Thin: as logged; thick: running mean. Drag to zoom, double click to see"
@@ -359,9 +365,7 @@ def _write_plotly(folder: pathlib.Path) -> None:
   storage.write_whole(target, source.read_bytes())
 
 
-def _render(
-  run: Run, extra: Mapping[str, Any], findings: Sequence[Any] = ()
-) -> pathlib.Path:
+def _render(run: Run, extra: Mapping[str, Any]) -> pathlib.Path:
   """Writes the page and remembers `extra` beside it."""
   run = dataclasses.replace(run, extra=extra)
   folder = run.report_page.parent
@@ -369,7 +373,7 @@ def _render(
   _write_plotly(folder)
   text = json.dumps(extra, indent=2, ensure_ascii=False) + "\n"
   storage.write_whole(folder / "report.json", text.encode())
-  storage.write_whole(run.report_page, _run_page(run, findings).encode())
+  storage.write_whole(run.report_page, _run_page(run).encode())
   return run.report_page
 
 
@@ -442,6 +446,8 @@ def labelled_pixels(workdir: str | os.PathLike) -> list[int]:
 def refresh_report(workdir: str | os.PathLike) -> pathlib.Path:
   """Draws a run's page again, with the pictures that it already has.
 
+  Writes the tables and pictures of `run_stats` too, which take some seconds.
+
   Args:
     workdir: as of `write_report`.
 
@@ -463,6 +469,7 @@ def refresh_report(workdir: str | os.PathLike) -> pathlib.Path:
     for part in ("samples", "method"):
       pictures[part] = list(filter(is_whole, pictures[part]))
     extra["pictures"] = pictures
+  write_stats(run)
   return _render(run, extra)
 
 
@@ -511,7 +518,7 @@ def _spread_text(values: Sequence[float | None]) -> str:
 
 
 def _best_value(run: Run) -> float | None:
-  best = run.best("eval/miou")
+  best = run.best_evaluation
   return None if best is None else best[1]
 
 
@@ -549,7 +556,7 @@ def _runs_table(
 ) -> str:
   rows = []
   for run, label, link in zip(runs, labels, links, strict=True):
-    best, interval = run.best("eval/miou"), _interval(run)
+    best, interval = run.best_evaluation, _interval(run)
     best_text = "–" if best is None else percent(best[1])
     if interval is not None:
       low, high = (100 * value for value in interval)
@@ -713,11 +720,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     help="folder of the comparison (default: 'comparison' beside the first"
     " run); of several runs only",
   )
+  parser.add_argument(
+    "--advice",
+    action="store_true",
+    help="print what stands out in the metrics and what to change; no page",
+  )
   options = parser.parse_args(arguments)
   several = len(options.workdirs) > 1
+  if options.advice and options.output:
+    parser.error("--advice writes no page: leave --output out")
   if options.output and not several:
     parser.error("--output is for the comparison of several runs")
   try:
+    if options.advice:
+      print(advice_text([read_run(path) for path in options.workdirs]))
+      return 0
     for workdir in options.workdirs:
       print(refresh_report(workdir))
     if several:

@@ -254,7 +254,8 @@ class Reporter:
         )
       if self._unwritten is not None:
         self._write()
-      elif self._is_main:
+      if self._is_main:
+        # For the tables of the whole run, which `draw` does not write.
         report.refresh_report(self._workdir)
     except OSError as error:
       raise RunError(

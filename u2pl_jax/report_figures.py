@@ -307,7 +307,7 @@ def _curve_figure(
   layout["shapes"] = []
   if (warmup := warmup_end(run)) is not None:
     layout["shapes"].append(_shaded_until(warmup))
-  if (best := run.best("eval/miou")) is not None:
+  if (best := run.best_evaluation) is not None:
     layout["shapes"].append(_vertical_line(best[0]))
   return Figure(
     stem=stem,
@@ -512,7 +512,7 @@ def curve_figures(run: Run) -> list[Figure]:
 
 def _with_star(figures: list[Figure], run: Run) -> list[Figure]:
   """Marks the best evaluation on the curve of the mIoU."""
-  best = run.best("eval/miou")
+  best = run.best_evaluation
   return [
     dataclasses.replace(
       figure,

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from u2pl_jax import plateau
+
 
 class RunError(ValueError):
   """One line that says which file is at fault."""
@@ -67,6 +69,15 @@ class Run:
   def report_page(self) -> pathlib.Path:
     return self.workdir / "report" / "index.html"
 
+  @property
+  def steps_per_epoch(self) -> float | None:
+    """From the last line with `train/epoch`; None if there is none."""
+    steps, epochs = self.series("train/epoch")
+    known = np.flatnonzero(epochs > 0)
+    if not known.size:
+      return None
+    return float(steps[known[-1]] / epochs[known[-1]])
+
   def setting(self, path: str) -> Any:
     """The config's value at 'a.b.c'; None if there is none."""
     value: Any = self.config
@@ -101,6 +112,22 @@ class Run:
       return None
     index = int(values.argmax())
     return int(steps[index]), float(values[index])
+
+  @property
+  def best_evaluation(self) -> tuple[int, float] | None:
+    """(step, mIoU) of the evaluation whose checkpoint is kept as the best.
+
+    The first of the highest; with the schedule 'plateau' the first that is
+    within its threshold of the highest.
+    """
+    steps, values = self.series("eval/miou")
+    threshold = self.setting("optimizer.plateau.threshold")
+    if self.setting("optimizer.schedule") != "plateau" or threshold is None:
+      threshold = 0.0
+    found = plateau.contenders(
+      list(zip(steps.tolist(), values.tolist(), strict=True)), threshold
+    )
+    return found[0] if found else None
 
   def value_at(self, key: str, step: int) -> float | None:
     """The value of a metric at a step, if it is there and finite."""
