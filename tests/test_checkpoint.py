@@ -31,7 +31,7 @@ def abstract(state):
 
 def make_meta(step, *, best_step=None, config="config", lists="lists"):
   best = None if best_step is None else 0.5
-  return Meta(step, best, best_step, config=config, lists=lists)
+  return Meta(step, best, best_step, "teacher", config=config, lists=lists)
 
 
 def save_steps(workdir, steps, *, keep=10, best_step=None):
@@ -91,7 +91,7 @@ DAMAGES = (cut_short, flip_bits, remove_state, remove_all, break_meta)
 def test_round_trip(tmp_path):
   state = make_state(3)
   checkpoints = Checkpoints(tmp_path, keep=1)
-  meta = Meta(3, 0.25, 2, config="c", lists="l")
+  meta = Meta(3, 0.25, 2, "teacher", config="c", lists="l")
   checkpoints.save(state, meta)
   checkpoints.close()
   restored, restored_meta = restore(tmp_path, config="c", lists="l")

@@ -40,6 +40,7 @@ class Meta:
     step: updates done.
     best_miou: highest mIoU of all evaluations up to this step, if any.
     best_step: the step that had it.
+    network: 'teacher' or 'student': which one is judged at this step.
     config: digest of the config without the keys that may change.
     lists: digest of the lists of images.
   """
@@ -47,6 +48,7 @@ class Meta:
   step: int
   best_miou: float | None
   best_step: int | None
+  network: str
   config: str
   lists: str
 
@@ -140,7 +142,7 @@ class Checkpoints:
     unreadable: dict[int, str] = {}
     for step in reversed(self.steps()):
       try:
-        meta, checksum = self._read_meta(step)
+        meta, checksum = _read_meta(self.directory / str(step), step)
         stored = self._read_structure(step)
       except Exception as error:  # Damage shows as a dozen types of errors.
         unreadable[step] = _first_line(error)
@@ -172,16 +174,6 @@ class Checkpoints:
   def close(self) -> None:
     """Waits for the last save and stops the threads."""
     self._manager.close()
-
-  def _read_meta(self, step: int) -> tuple[Meta, int]:
-    """Meta data and the checksum of the state."""
-    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    stored = dict(self._manager.restore(step, args=args).meta)
-    checksum = stored.pop("checksum")
-    meta = Meta(**stored)
-    if meta.step != step:
-      raise ValueError(f"its meta data are of step {meta.step}")
-    return meta, checksum
 
   def _read_structure(self, step: int) -> dict[str, tuple]:
     """Shape and type of every array, by name."""
@@ -247,6 +239,105 @@ class Checkpoints:
     self._manager.reload()
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """A checkpoint as it lies on disk.
+
+  Attributes:
+    meta: of its step.
+    arrays: host arrays by name, such as 'student/params/encoder/...'.
+  """
+
+  meta: Meta
+  arrays: dict[str, np.ndarray]
+
+
+def read_checkpoint(workdir: pathlib.Path, step: int | None = None) -> Stored:
+  """Reads one checkpoint of a run to the host, changing nothing.
+
+  The run may be going on meanwhile. Needs neither its config nor its devices.
+
+  Args:
+    workdir: of the run.
+    step: which one; None for the best by mIoU, or the newest one if the run has
+      not been evaluated yet.
+
+  Returns:
+    `Stored`, its checksum verified.
+
+  Raises:
+    CheckpointError: there is no such checkpoint, or it cannot be read.
+  """
+  directory = (pathlib.Path(workdir) / FOLDER).absolute()
+  steps = []
+  if directory.is_dir():
+    # What a save has not finished yet has a longer name.
+    names = (path.name for path in directory.iterdir() if path.is_dir())
+    steps = sorted(int(name) for name in names if name.isdecimal())
+  if not steps:
+    raise CheckpointError(
+      f"{directory}: there is no checkpoint yet: the run saves the first one"
+      " after config.checkpoint.every_epochs epochs"
+    )
+  if step is None:
+    step = _best_step(directory, steps)
+  if step not in steps:
+    raise CheckpointError(
+      f"{directory}: there is no checkpoint of step {step}, only of"
+      f" {', '.join(map(str, steps))}"
+    )
+  folder = directory / str(step)
+  handler = ocp.StandardCheckpointHandler()
+  try:
+    meta, checksum = _read_meta(folder, step)
+    # As numpy arrays: nothing of it has to fit on a device.
+    like = jax.tree.map(
+      lambda leaf: np.empty(leaf.shape, leaf.dtype),
+      handler.metadata(folder / "state").tree,
+    )
+    tree = handler.restore(
+      folder / "state", args=ocp.args.StandardRestore(like)
+    )
+    if _checksum(tree) != checksum:
+      raise ValueError("the bytes are not those that were saved")
+  except Exception as error:  # Damage shows as a dozen types of errors.
+    others = [str(other) for other in steps if other != step]
+    raise CheckpointError(
+      f"{folder}: the checkpoint cannot be read ({_first_line(error)}): "
+      + (
+        f"choose another step: {', '.join(others)}"
+        if others
+        else "there is no other one"
+      )
+    ) from error
+  return Stored(meta, traverse_util.flatten_dict(tree, sep="/"))
+
+
+def _best_step(directory: pathlib.Path, steps: list[int]) -> int:
+  """Of the newest checkpoint that says which was the best; else the newest."""
+  for step in reversed(steps):
+    try:
+      meta, _ = _read_meta(directory / str(step), step)
+    except Exception as error:  # As in `read_checkpoint`.
+      logger.warning(
+        "%s: cannot be read (%s)", directory / str(step), _first_line(error)
+      )
+      continue
+    return step if meta.best_step is None else meta.best_step
+  return steps[-1]
+
+
+def _read_meta(folder: pathlib.Path, step: int) -> tuple[Meta, int]:
+  """Meta data of a step and the checksum of its state."""
+  handler = ocp.JsonCheckpointHandler()
+  stored = dict(handler.restore(folder / "meta"))
+  checksum = stored.pop("checksum")
+  meta = Meta(**stored)
+  if meta.step != step:
+    raise ValueError(f"its meta data are of step {meta.step}")
+  return meta, checksum
+
+
 def _flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
   """Names like 'student/params/encoder/...', leaves and structure."""
   paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
@@ -265,18 +356,23 @@ def _to_tree(state: Any) -> dict:
 
 
 def _checksum(state: Any) -> int:
-  """CRC-32 over all names and bytes.
+  """CRC-32 over all names and bytes, in the order of the names.
 
   Orbax notices what is missing or cut short, but not a flipped bit or a block
   that a power cut left full of zeros. About a second a gigabyte.
   """
   names, leaves, _ = _flatten(state)
   crc = 0
-  for name, leaf in zip(names, leaves, strict=True):
+  # Sorted: whoever reads the files alone knows the names but not their order.
+  for name, leaf in sorted(zip(names, leaves, strict=True), key=_first):
     crc = zlib.crc32(name.encode(), crc)
     array = np.ascontiguousarray(np.asarray(leaf))
     crc = zlib.crc32(array.reshape(-1).view(np.uint8), crc)
   return crc
+
+
+def _first(pair: tuple) -> Any:
+  return pair[0]
 
 
 def _describe(array: tuple | None) -> str:

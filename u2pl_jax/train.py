@@ -120,7 +120,7 @@ def train_and_evaluate(
     )
     if restored is None:
       state = _create_state(config, program)
-      meta = Meta(0, None, None, config=config_digest, lists=lists)
+      meta = Meta(0, None, None, "student", config=config_digest, lists=lists)
     else:
       state, meta = restored
       logger.info("going on from the checkpoint of step %d", meta.step)
@@ -130,6 +130,7 @@ def train_and_evaluate(
     is_main = jax.process_index() == 0
     if is_main:
       writers.write_config(workdir, config)
+      writers.write_dataset(workdir, info, config.dataset.ignore_label)
     total_steps = program.recipe.total_steps
     was_finished = meta.step == total_steps
     if was_finished:
@@ -414,7 +415,8 @@ class _Run:
     log_due = is_due(config.log.every_steps)
     eval_due = is_due(config.eval.every_epochs * recipe.steps_per_epoch)
     save_due = is_due(config.checkpoint.every_epochs * recipe.steps_per_epoch)
-    meta = dataclasses.replace(meta, step=step)
+    network, _ = evaluated_network(state, step, recipe)
+    meta = dataclasses.replace(meta, step=step, network=network)
     if not (log_due or eval_due or save_due):
       return meta
 

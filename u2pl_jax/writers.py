@@ -1,6 +1,8 @@
 """What a run writes into its workdir besides checkpoints and report.
 
   config.json     the resolved config, which a later run must have too
+  dataset.json    classes, colours and pixel statistics: with config.json and a
+                  checkpoint all that is needed to use the network
   metrics.jsonl   one JSON object a written step
   events...       the same for TensorBoard, if tensorflow is installed
 
@@ -21,12 +23,13 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from input_pipeline import storage
+from input_pipeline import DatasetInfo, storage
 from u2pl_jax.config_checks import ConfigError
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+DATASET_FILE = "dataset.json"
 METRICS_FILE = "metrics.jsonl"
 
 # Keys that another run in the same workdir may change: none of them changes a
@@ -105,6 +108,22 @@ def write_config(
   """Writes config.json, whole or not at all."""
   text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
   storage.write_whole(workdir / CONFIG_FILE, text.encode())
+
+
+def write_dataset(
+  workdir: pathlib.Path, info: DatasetInfo, ignore_label: int
+) -> None:
+  """Writes dataset.json, whole or not at all."""
+  content = {
+    "name": info.name,
+    "class_names": info.class_names,
+    "palette": info.palette,
+    "mean": info.mean,
+    "std": info.std,
+    "ignore_label": ignore_label,
+  }
+  text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+  storage.write_whole(workdir / DATASET_FILE, text.encode())
 
 
 class MetricsWriter:

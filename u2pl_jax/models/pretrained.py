@@ -28,13 +28,19 @@ class Pretrained:
   tensors: Mapping[str, np.ndarray]
 
 
-def read_pretrained(path: str | os.PathLike) -> Pretrained:
+def read_pretrained(
+  path: str | os.PathLike, *, network: str | None = None
+) -> Pretrained:
   """Reads a .pth or .npz of a backbone or of a whole network.
+
+  Args:
+    path: of the file.
+    network: see `read_weights`.
 
   Raises:
     WeightsError: the file cannot be read, or is not whole; one line.
   """
-  file = read_weights(path)
+  file = read_weights(path, network=network)
   try:
     match = torch_weights.match(file.tensors)
   except ValueError as error:
