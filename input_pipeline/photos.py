@@ -39,12 +39,12 @@ class Photos:
   Attributes:
     root: the folder that their names are relative to.
     names: sorted, with '/' between folders.
-    is_folder: whether they are all the files in and below `root`.
+    is_recursive: whether files of any folder below `root` would be among them.
   """
 
   root: str
   names: tuple[str, ...]
-  is_folder: bool
+  is_recursive: bool
 
   def path(self, name: str) -> str:
     """The file of a name."""
@@ -74,10 +74,10 @@ def find_photos(what: str) -> Photos:
       ) from None
     if not names:
       raise errors.DataError(f"{flag}: the folder is empty: there is no image")
-    return Photos(what, names, is_folder=True)
+    return Photos(what, names, is_recursive=True)
   if storage.is_file(what):
     root, name = os.path.split(what)
-    return Photos(root or ".", (name,), is_folder=False)
+    return Photos(root or ".", (name,), is_recursive=False)
   if not glob.has_magic(what):
     raise errors.MissingFileError(
       f"{flag}: there is no such file or folder: correct the path"
@@ -95,7 +95,7 @@ def find_photos(what: str) -> Photos:
       " not read it, and correct it"
     )
   names = sorted({os.path.relpath(p, root).replace(os.sep, "/") for p in paths})
-  return Photos(root, tuple(names), is_folder=False)
+  return Photos(root, tuple(names), is_recursive="**" in what)
 
 
 def has_image_suffix(name: str) -> bool:
