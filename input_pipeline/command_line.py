@@ -57,9 +57,12 @@ def read_config(
     ConfigError: there is no such file or key, or a value does not fit.
   """
   values = flags.FlagValues()
-  config = config_flags.DEFINE_config_file("config", None, flag_values=values)
+  argv = ["", f"--config={file}", *overrides]
+  config = config_flags.DEFINE_config_file(
+    "config", None, flag_values=values, sys_argv=argv
+  )
   try:
-    values(["", f"--config={file}", *overrides])
+    values(argv)
     if config.value is not None and "name" in config.value:
       return config.value
   except flags.Error as error:

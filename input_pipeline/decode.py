@@ -369,6 +369,11 @@ def read_header(
         if image.format == "TIFF" and orientation in SWAPPING_ORIENTATIONS:
           height, width = width, height  # PIL tells the size of the turned one.
         return height, width, orientation
+  except Image.DecompressionBombError as error:
+    text = str(error).split(",")[0]
+    raise errors.UnreadableFileError(
+      f"{path}: too large ({text}): reduce it, or cut it into pieces"
+    ) from None
   except PIL_ERRORS:
     raise errors.UnreadableFileError(
       f"{path}: cannot be read as an image; it is damaged, truncated or of an"

@@ -155,10 +155,12 @@ def encode_classes(
     palette: (red, green, blue) in 0..255 of each class.
   """
   picture = Image.fromarray(classes, "P")
-  picture.putpalette([value for colour in palette for value in colour])
+  # A short palette would be stored with fewer bits a pixel, which not every
+  # reader takes.
+  colours = [*palette, *[(0, 0, 0)] * (256 - len(palette))]
+  picture.putpalette([value for colour in colours for value in colour])
   data = io.BytesIO()
-  # Fewer bits would do for few classes, but not every reader takes them.
-  picture.save(data, format="PNG", bits=8)
+  picture.save(data, format="PNG")
   return data.getvalue()
 
 

@@ -296,7 +296,7 @@ def _predict(
   todo = [n for n in photos.names if overwrite or not log.has(n, kinds)]
   num_done = len(photos.names) - len(todo)
   if not todo:
-    print(f"all {num_done} images are predicted already: {log.path}")
+    print(f"{_count(num_done, 'image')} predicted already: {log.path}")
     return num_done
   log.drop(todo)
 
@@ -353,6 +353,10 @@ def _predict(
   return writers.num_written + num_done
 
 
+def _count(number: int, noun: str) -> str:
+  return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _plan(grid: Grid, jobs: Sequence[_Job]) -> list[str]:
   """What is about to be compiled, as lines."""
   shapes = collections.Counter(
@@ -363,8 +367,9 @@ def _plan(grid: Grid, jobs: Sequence[_Job]) -> list[str]:
     for (is_tiled, (h, w)), count in sorted(shapes.items())
   ]
   return [
-    f"{len(jobs)} images: {', '.join(parts)} (height x width);"
-    f" {len(shapes)} shapes to compile, of {grid.num_shapes()} that can occur"
+    f"{_count(len(jobs), 'image')}: {', '.join(parts)} (height x width);"
+    f" {_count(len(shapes), 'shape')} to compile, of {grid.num_shapes()} that"
+    " can occur"
   ]
 
 
@@ -378,13 +383,15 @@ def _say_result(
   no_images = sorted(n for n in failures if not has_image_suffix(n))
   unreadable = sorted(failures.keys() - set(no_images))
   if unreadable:
-    print(f"{len(unreadable)} images cannot be read:", file=sys.stderr)
+    print(
+      f"{_count(len(unreadable), 'image')} cannot be read:", file=sys.stderr
+    )
     for name in unreadable:
       print(f"  {failures[name]}", file=sys.stderr)
   if no_images:
     more = len(no_images) - _SHOWN
     print(
-      f"{len(no_images)} files are no images: {', '.join(no_images[:_SHOWN])}"
+      f"not images, left out: {', '.join(no_images[:_SHOWN])}"
       + (f" and {more} more" if more > 0 else ""),
       file=sys.stderr,
     )
@@ -393,11 +400,11 @@ def _say_result(
       f"--images: none of the {len(photos.names)} files in {photos.root} can be"
       " read as an image: nothing was predicted"
     )
-  parts = [f"predicted {num_written} images"]
+  parts = [f"predicted {_count(num_written, 'image')}"]
   if num_done:
-    parts.append(f"{num_done} were predicted already")
+    parts.append(f"{num_done} predicted already")
   if failures:
-    parts.append(f"{len(failures)} files left out")
+    parts.append(f"{_count(len(failures), 'file')} left out")
   print(f"{', '.join(parts)}: {log.path}")
 
 

@@ -5,10 +5,11 @@ kill cuts off is dropped by the next run, which does that image again.
 """
 
 import collections
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from input_pipeline import DataError, storage
@@ -45,7 +46,8 @@ class PredictionLog:
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
       if not self.path.exists():
-        if any(self.folder.iterdir()):
+        # Hidden: what a kill left of this file, or a file browser made.
+        if any(path.name[0] != "." for path in self.folder.iterdir()):
           raise DataError(
             f"--output={folder}: the folder is not empty and holds no"
             f" {LOG_FILE} of earlier predictions: choose a new folder, so that"
@@ -69,7 +71,7 @@ class PredictionLog:
       try:
         value = json.loads(line)
         found[value["input"]] = value
-        _ = value["root"], value["network"], value["tile"], value["outputs"]
+        _ = value["root"], value["network"], value["grid"], value["outputs"]
       except (ValueError, KeyError, TypeError):
         raise DataError(
           f"{self.path}: line {number} is no line of this program: remove it,"
@@ -146,18 +148,38 @@ class PredictionLog:
     self.rewrite()
 
   def rewrite(self) -> None:
-    """Writes all lines anew, sorted by input."""
-    self._file.close()
+    """Writes all lines anew, sorted by input.
+
+    Raises:
+      DataError: they cannot be written; the file is as it was.
+    """
     text = "".join(_to_text(self._lines[name]) for name in sorted(self._lines))
-    storage.write_whole(self.path, text.encode())
-    self._file = self.path.open("a", encoding="utf-8")
+    with self._told():
+      self._file.close()
+      storage.write_whole(self.path, text.encode())
+      self._file = self.path.open("a", encoding="utf-8")
 
   def append(self, line: Mapping[str, Any]) -> None:
-    """Adds the line of an image whose outputs are complete."""
+    """Adds the line of an image whose outputs are complete.
+
+    Raises:
+      DataError: it cannot be written.
+    """
     self._lines[line["input"]] = dict(line)
-    self._file.write(_to_text(line))
-    self._file.flush()
-    os.fsync(self._file.fileno())
+    with self._told():
+      self._file.write(_to_text(line))
+      self._file.flush()
+      os.fsync(self._file.fileno())
+
+  @contextlib.contextmanager
+  def _told(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise DataError(
+        f"{self.path}: cannot be written ({error.strerror}): make room for it;"
+        " the same command goes on"
+      ) from None
 
   def close(self) -> None:
     """Closes the file."""

@@ -258,7 +258,7 @@ class Blender:
   """Sums tiles and finishes the image band by band.
 
   Memory: float32 for a tile's side times the shorter side of the image times
-  the classes, and a third of that again while the band moves on.
+  the classes, a third of that again while the band moves on, and a chunk.
   """
 
   def __init__(
@@ -288,6 +288,8 @@ class Blender:
     room = list(size)
     room[self._axis] = min(shape[self._axis], self._length)
     self._sums = np.zeros((*room, num_classes), np.float32)
+    # One room for all: the result is waited for before it is filled again.
+    self._chunk = np.zeros((_CHUNK, num_classes), np.float32)
     self._band = 0
     self._totals = np.zeros(2)
     self._maps = {name: np.empty(size, np.uint8) for name in _MAPS}
@@ -356,9 +358,9 @@ class Blender:
     found: dict[str, list[np.ndarray]] = {name: [] for name in _MAPS}
     for first in range(0, len(pixels), _CHUNK):
       piece = pixels[first : first + _CHUNK]
-      padded = np.zeros((_CHUNK, pixels.shape[1]), np.float32)
-      padded[: len(piece)] = piece
-      maps = jax.device_get(self._to_maps(padded))
+      self._chunk[: len(piece)] = piece
+      self._chunk[len(piece) :] = 0
+      maps = jax.device_get(self._to_maps(self._chunk))
       self._totals += maps["sums"]
       for name in _MAPS:
         found[name].append(maps[name][: len(piece)])
