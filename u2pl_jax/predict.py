@@ -26,7 +26,7 @@ import ml_collections
 import numpy as np
 
 from input_pipeline import ConfigError, DataError, storage
-from input_pipeline.command_line import fail, read_config
+from input_pipeline.command_line import fail, load_config
 from input_pipeline.parallel import map_ahead, map_in_threads, progress
 from input_pipeline.photos import (
   Photos,
@@ -512,7 +512,7 @@ def _run(options: argparse.Namespace) -> None:
     _check_apart(photos, options.output)
   config = None
   if options.config:
-    config = read_config(options.config, options.overrides)
+    config = load_config([f"--config={options.config}", *options.overrides])
   trained = load_trained(
     options.checkpoint,
     weights=options.weights,
