@@ -66,6 +66,11 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
     ),
     "u2pl_jax.sharding": (set(), {"jax", "numpy"}),
     "u2pl_jax.checkpoint": (set(), {"flax", "jax", "numpy", "orbax"}),
+    "u2pl_jax.tiling": (
+      _u2pl({"evaluation", "images", "sharding", "train_state"}),
+      maths,
+    ),
+    "u2pl_jax.prediction_log": ({"input_pipeline"}, set()),
     "u2pl_jax.train_state": (_u2pl({"memory_bank"}), maths),
     "u2pl_jax.train_step": (
       _u2pl(_LEAVES | {"models.layers", "train_state"}),
