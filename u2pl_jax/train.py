@@ -22,7 +22,6 @@ import numpy as np
 
 from input_pipeline.dataset_config import load_info, prepare_dataset
 from input_pipeline.split_families import identify_split
-from u2pl_jax import metrics as metrics_lib
 from u2pl_jax import optimizer as optimizer_lib
 from u2pl_jax import plateau, sharding, writers
 from u2pl_jax.build import (
@@ -33,20 +32,29 @@ from u2pl_jax.build import (
   build,
 )
 from u2pl_jax.checkpoint import Checkpoints, Meta
+from u2pl_jax.clock import Clock, duration
 from u2pl_jax.config_checks import ConfigError, check_config
 from u2pl_jax.data import (
   Data,
   load_data,
-  open_eval_stream,
   open_train_stream,
 )
 from u2pl_jax.evaluation_record import EvaluationRecord, write_record
 from u2pl_jax.evaluator import Counts
 from u2pl_jax.image_strip import image_strip
+from u2pl_jax.judging import (
+  contenders,
+  counts_of,
+  evaluate,
+  evaluated_network,
+  is_finished,
+  no_better,
+  plateau_progress,
+)
+from u2pl_jax.log_head import describe_devices, log_head
 from u2pl_jax.models.weight_files import WeightsError
 from u2pl_jax.report_data import Reporter, scores_of
-from u2pl_jax.train_state import TrainState, Variables
-from u2pl_jax.train_step import Recipe
+from u2pl_jax.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +125,7 @@ def train_and_evaluate(
     ),
   )
   abstract = abstract_state(config, program)
-  _log_head(config, workdir, program, data, abstract)
+  log_head(config, workdir, program, data, abstract)
   config_digest = writers.config_digest(config)
   lists = writers.digest([data.labelled, data.unlabelled, data.validation])
 
@@ -148,7 +156,7 @@ def train_and_evaluate(
     recipe = program.recipe
     was_finished = is_finished(config, recipe, meta)
     reporter = Reporter(
-      config, program, data, workdir, devices=_describe_devices(program)
+      config, program, data, workdir, devices=describe_devices(program)
     )
     if not was_finished:
       writer = None
@@ -166,7 +174,7 @@ def train_and_evaluate(
         " learning rate",
         meta.step,
         recipe.total_steps,
-        _no_better(config, progress.waited),
+        no_better(config, progress.waited),
         progress.reductions,
       )
     elif was_finished:
@@ -189,174 +197,12 @@ def train_and_evaluate(
   )
 
 
-# -- What the evaluations decide -----------------------------------------------
-
-
-def plateau_progress(
-  config: ml_collections.ConfigDict,
-  recipe: Recipe,
-  evaluations: plateau.Evaluations,
-) -> plateau.Progress | None:
-  """Where the watch for a plateau is; None for the other schedules.
-
-  An evaluation of the warm-up counts neither as better nor as no better: it
-  judges the student, and says nothing about how long the teacher may take.
-  Where all of the training is warm-up, as in the supervised method, all count.
-  """
-  optimizer = config.optimizer
-  if optimizer.schedule != "plateau":
-    return None
-  first = recipe.warmup_steps
-  if first == recipe.total_steps:
-    first = 0
-  return plateau.watch(
-    [miou for step, miou in evaluations if step > first],
-    patience=optimizer.plateau.patience,
-    threshold=optimizer.plateau.threshold,
-    reductions=optimizer.plateau.reductions,
-  )
-
-
-def contenders(
-  config: ml_collections.ConfigDict, evaluations: plateau.Evaluations
-) -> list[tuple[int, float]]:
-  """(step, mIoU) of the best evaluation and of those that may become it.
-
-  Without the schedule 'plateau' there is no threshold: the highest alone.
-  """
-  optimizer = config.optimizer
-  is_plateau = optimizer.schedule == "plateau"
-  threshold = optimizer.plateau.threshold if is_plateau else 0.0
-  return plateau.contenders(evaluations, threshold)
-
-
-def is_finished(
-  config: ml_collections.ConfigDict, recipe: Recipe, meta: Meta
-) -> bool:
-  """Whether nothing is left to train."""
-  progress = plateau_progress(config, recipe, meta.evaluations)
-  stopped = progress is not None and progress.stop
-  return stopped or meta.step == recipe.total_steps
-
-
-def _no_better(config: ml_collections.ConfigDict, waited: int) -> str:
-  threshold = config.optimizer.plateau.threshold
-  return f"mIoU no better by {threshold:g} in {waited} evaluations"
-
-
-# -- Evaluation ----------------------------------------------------------------
-
-
 def _put(program: Program, batch: dict, *names: str) -> dict[str, jax.Array]:
   """The named entries of a batch, on the devices."""
   return sharding.put_batch(program.mesh, {name: batch[name] for name in names})
 
 
-def evaluated_network(
-  state: TrainState, step: int, recipe: Recipe
-) -> tuple[str, Variables]:
-  """The network to judge after `step` updates: (name, variables).
-
-  The teacher as soon as it has had an update; before, it is no more than the
-  initial weights.
-  """
-  if step > recipe.warmup_steps:
-    return "teacher", state.teacher
-  return "student", state.student
-
-
-def counts_of(
-  config: ml_collections.ConfigDict,
-  program: Program,
-  data: Data,
-  variables: Variables,
-  ids: tuple[str, ...],
-) -> Counts:
-  """What the network makes of each of the images `ids`."""
-  with contextlib.closing(open_eval_stream(config, data, ids)) as stream:
-    return program.evaluator.count(variables, stream, len(ids))
-
-
-def evaluate(
-  config: ml_collections.ConfigDict,
-  program: Program,
-  data: Data,
-  state: TrainState,
-  step: int,
-  counts: Counts,
-) -> dict[str, Any]:
-  """Metrics `eval/...` of the validation images, `oracle/...` of hidden masks.
-
-  Args:
-    config, program, data: of the run.
-    state: after `step` updates.
-    step: decides which network is judged.
-    counts: of that network on the validation images.
-
-  Returns:
-    Numbers, and the vector `eval/iou` with NaN for a class that is absent.
-  """
-  name, variables = evaluated_network(state, step, program.recipe)
-  confusion = counts.confusions.sum(0)
-  metrics = {
-    "eval/miou": metrics_lib.mean_iou(confusion),
-    "eval/miou_present": metrics_lib.mean_iou_present(confusion),
-    "eval/pixel_accuracy": metrics_lib.pixel_accuracy(confusion),
-    "eval/mean_accuracy": metrics_lib.mean_accuracy(confusion),
-    "eval/ece": metrics_lib.expected_calibration_error(counts.calibration),
-    "eval/iou": metrics_lib.iou(confusion),
-  }
-  if name == "teacher" and data.oracle:
-    counts_u = counts_of(config, program, data, variables, data.oracle)
-    confusion = counts_u.confusions.sum(0)
-    metrics |= {
-      "oracle/pixel_accuracy": metrics_lib.pixel_accuracy(confusion),
-      "oracle/ari": metrics_lib.adjusted_rand_index(confusion),
-      "oracle/miou": metrics_lib.mean_iou(confusion),
-    }
-  return metrics
-
-
 # -- The loop ------------------------------------------------------------------
-
-
-class _Clock:
-  """Speed since the last written line, without compilation and evaluation."""
-
-  def __init__(self):
-    self._begin = time.perf_counter()
-    self.restart()
-
-  def restart(self) -> None:
-    self._start = time.perf_counter()
-    self._waited = 0.0
-    self._steps = self._images = 0
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    self._start += time.perf_counter() - start
-
-  @contextlib.contextmanager
-  def waiting_for_data(self) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    self._waited += time.perf_counter() - start
-
-  def count(self, num_images: int) -> None:
-    self._steps += 1
-    self._images += num_images
-
-  def read(self) -> dict[str, float]:
-    """All that depends on the clock: the metrics named time/."""
-    elapsed = max(time.perf_counter() - self._start, 1e-9)
-    return {
-      "time/images_per_second": self._images / elapsed,
-      "time/seconds_per_step": elapsed / max(self._steps, 1),
-      "time/data_wait_share": self._waited / elapsed,
-      "time/seconds": time.perf_counter() - self._begin,
-    }
 
 
 class _Run:
@@ -380,7 +226,7 @@ class _Run:
     self._checkpoints = checkpoints
     self._writer = writer
     self._reporter = reporter
-    self._clock = _Clock()
+    self._clock = Clock()
     self._compiled: set[str] = set()
     self._last_finite_step = 0
 
@@ -556,7 +402,7 @@ class _Run:
     rate *= optimizer.decay_factor**progress.reductions
     logger.info(
       "%s: learning rate %g from now on, reduction %d of %d",
-      _no_better(config, optimizer.plateau.patience),
+      no_better(config, optimizer.plateau.patience),
       rate,
       progress.reductions,
       optimizer.plateau.reductions,
@@ -621,7 +467,7 @@ class _Run:
       speed["time/images_per_second"],
       100 * speed["time/data_wait_share"],
       "warm-up ends in" if phase == "warm-up" else "ETA",
-      _duration(seconds),
+      duration(seconds),
     )
     line = {f"train/{name}": value for name, value in metrics.items()}
     rate = self._program.learning_rate
@@ -730,74 +576,3 @@ def _enable_compilation_cache(workdir: pathlib.Path) -> None:
   if jax.config.jax_compilation_cache_dir is None:
     path = workdir.absolute().parent / ".jax_cache"
     jax.config.update("jax_compilation_cache_dir", str(path))
-
-
-def _log_head(
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  program: Program,
-  data: Data,
-  abstract: TrainState,
-) -> None:
-  recipe = program.recipe
-  num_parameters = sum(
-    math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.student.params)
-  )
-  logger.info("config:\n%s", str(config).rstrip())
-  logger.info("%s, method %s, workdir %s", config.name, config.method, workdir)
-  logger.info("jax %s on %s", jax.__version__, _describe_devices(program))
-  logger.info(
-    "network: %s, %s, %s parameters, convolutions in %s",
-    config.model.backbone,
-    config.model.head,
-    f"{num_parameters:,}",
-    config.model.dtype,
-  )
-  logger.info(
-    "data: %s, %d classes, %d labelled, %d unlabelled, %d validation images",
-    data.info.name,
-    data.info.num_classes,
-    len(data.labelled),
-    len(data.unlabelled),
-    len(data.validation),
-  )
-  logger.info("split: %s", identify_split(data.info.name, data.labelled))
-  rate = base_learning_rate(config)
-  optimizer = config.optimizer
-  logger.info(
-    "schedule: %d epochs of %d steps, warm-up %d steps, total %d steps,"
-    " %d + %d images a step, learning rate %g%s",
-    config.schedule.epochs,
-    recipe.steps_per_epoch,
-    min(recipe.warmup_steps, recipe.total_steps),
-    recipe.total_steps,
-    config.batch.labelled,
-    config.batch.unlabelled,
-    rate,
-    ""
-    if rate == optimizer.learning_rate
-    else f" ({optimizer.learning_rate:g} at {optimizer.reference_batch}"
-    " labelled images a step)",
-  )
-  if config.method == "u2pl" and not config.contrastive.high_rank:
-    logger.info(
-      "contrastive ranks for %d classes: low_rank %d, high_rank %d",
-      recipe.num_classes,
-      recipe.low_rank,
-      recipe.high_rank,
-    )
-  logger.info("quirks: %s", ", ".join(sorted(recipe.quirks)) or "none")
-
-
-def _describe_devices(program: Program) -> str:
-  devices = program.mesh.devices.ravel()
-  return (
-    f"{devices.size} x {devices[0].device_kind} ({devices[0].platform}),"
-    f" {jax.process_count()} process(es)"
-  )
-
-
-def _duration(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02}:{seconds:02}"
