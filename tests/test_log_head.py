@@ -55,6 +55,6 @@ def test_scaled_learning_rate_and_chosen_ranks(caplog):
   assert (
     "schedule: 40 epochs of 2 steps, warm-up 40 steps, total 80 steps,"
     " 4 + 8 images a step, learning rate 0.01 (0.02 at 8 labelled images a"
-    " step)"
+    " step), poly"
   ) in lines
   assert "contrastive ranks for 21 classes: low_rank 3, high_rank 20" in lines
