@@ -251,7 +251,10 @@ def test_pairing_removes_what_is_common():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"protocol": PROTOCOL | {"flip": True}}, "flip is False in A .* and True"),
+    (
+      {"protocol": PROTOCOL | {"flip": True, "name": "whole"}},
+      "name is .* in B; flip is False in A and True in B ",
+    ),
     ({"protocol": PROTOCOL | {"stride": [2]}}, "stride is None in A .*runs/a"),
     ({"class_names": ("sky", "street", "pole", "ghost")}, "'road' in A and"),
     ({"class_names": (*NAMES, "car")}, "A has 4 and B 5"),

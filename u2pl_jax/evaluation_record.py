@@ -231,14 +231,20 @@ def compare(a: EvaluationRecord, b: EvaluationRecord) -> dict[str, Any]:
 
 
 def _check_comparable(a: EvaluationRecord, b: EvaluationRecord) -> None:
-  for key in sorted(a.protocol.keys() | b.protocol.keys()):
-    ours, theirs = a.protocol.get(key), b.protocol.get(key)
-    if ours != theirs:
-      raise RecordError(
-        f"the protocols differ: {key} is {ours!r} in A ({a.checkpoint}) and"
-        f" {theirs!r} in B ({b.checkpoint}): evaluate both with the same"
-        " settings"
-      )
+  differing = [
+    f"{key} is {a.protocol.get(key)!r} in A and {b.protocol.get(key)!r} in B"
+    # The name first: the others follow from it.
+    for key in sorted(
+      a.protocol.keys() | b.protocol.keys(),
+      key=lambda key: (key != "name", key),
+    )
+    if a.protocol.get(key) != b.protocol.get(key)
+  ]
+  if differing:
+    raise RecordError(
+      f"the protocols differ: {'; '.join(differing)} (A is {a.checkpoint}, B is"
+      f" {b.checkpoint}): evaluate both with the same settings"
+    )
   if a.class_names != b.class_names:
     named = next(
       (
