@@ -149,7 +149,7 @@
         const text = `${share} % of the unreliable pixels are negatives of ${name}`;
         image.setAttribute("aria-label", text);
         image.closest("figure").querySelector("figcaption").textContent =
-          `negatives of ${name}: ${share} %`;
+          `negatives of ${name}: ${share} % of the unreliable`;
       }
     }
     select.addEventListener("change", update);
