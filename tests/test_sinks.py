@@ -237,6 +237,17 @@ def test_refusal_of_the_service_is_one_line(tmp_path, wandb_calls, monkeypatch):
   assert "WANDB_MODE=offline" in message and "\n" not in message
 
 
+def test_a_package_that_is_broken_says_why(tmp_path, monkeypatch):
+  (tmp_path / "wandb.py").write_text("import half_of_an_installation")
+  monkeypatch.delitem(sys.modules, "wandb", raising=False)
+  monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+  importlib.invalidate_caches()
+  with pytest.raises(
+    ConfigError, match="cannot be imported .*half_of_an_installation"
+  ):
+    writers.check_sinks(wandb_config())
+
+
 def test_refused_before_anything_is_read(tmp_path, monkeypatch, no_wandb):
   def build(*_):
     raise AssertionError("must not get this far")

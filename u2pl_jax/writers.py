@@ -80,10 +80,11 @@ def check_sinks(config: ml_collections.ConfigDict) -> None:
 
     # A folder wandb/, as its package leaves one behind, imports as empty.
     _ = wandb.init
-  except (ImportError, AttributeError):
-    raise _wandb_error(
-      project, "the package wandb is not installed", "pip install wandb"
-    ) from None
+  except (ImportError, AttributeError) as error:
+    reason = "the package wandb is not installed"
+    if isinstance(error, ImportError) and error.name != "wandb":
+      reason = f"the package wandb cannot be imported ({error})"
+    raise _wandb_error(project, reason, "pip install wandb") from None
 
 
 def check_workdir(
