@@ -6,12 +6,13 @@ input needs no item of its own, since batch k is a function of (seed, k).
 
 A save is asynchronous and atomic: orbax writes into a folder with another name
 and renames it. What a killed process leaves under such a name is removed by the
-next manager; what is damaged later is skipped here.
+next one; what is damaged later is skipped here.
 """
 
 import dataclasses
 import logging
 import pathlib
+import shutil
 import zlib
 from typing import Any
 
@@ -85,6 +86,8 @@ class Checkpoints:
     self._workdir = workdir
     self.directory = (workdir / FOLDER).absolute()
     self._policy = _LatestAndBest(keep)
+    if jax.process_index() == 0:
+      _remove_unfinished(self.directory)
     self._manager = ocp.CheckpointManager(
       self.directory,
       item_handlers={
@@ -93,7 +96,6 @@ class Checkpoints:
       },
       options=ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
-        cleanup_tmp_directories=True,
         # Reads nothing of the existing steps, of which one may be damaged.
         lightweight_initialize=True,
       ),
@@ -316,6 +318,16 @@ def read_checkpoint(workdir: pathlib.Path, step: int | None = None) -> Stored:
       )
     ) from error
   return Stored(meta, traverse_util.flatten_dict(tree, sep="/"))
+
+
+def _remove_unfinished(directory: pathlib.Path) -> None:
+  """Removes what killed saves have left behind.
+
+  Orbax's manager would do it in a thread that outlives one which saves nothing,
+  and meets that of the next.
+  """
+  for unfinished in ocp.utils.tmp_checkpoints(directory):
+    shutil.rmtree(unfinished.get())
 
 
 def _best_step(directory: pathlib.Path, steps: list[int]) -> int:
