@@ -27,7 +27,12 @@ The last three columns are the authors': mIoU in percent, ResNet-101, sliding
 windows of 769 with a stride of 2/3; "+ AEL" is another method, not here. The
 paper evaluates whole images by those windows; here each is one input of
 1024x2048, and with :released the centre crop that the published code looks at
-while it trains. Labels alone saw 200 epochs of the labelled images, on 4 GPUs;
+while it trains. After the training, the number to compare with the table:
+
+  python -m u2pl_jax.evaluate --checkpoint=runs/cityscapes_186
+    --protocol=sliding_window --output=evaluations/cityscapes_186
+
+Labels alone saw 200 epochs of the labelled images, on 4 GPUs;
 method=supervised takes as many updates as U2PL. The second group has the same
 sizes and other images.
 

@@ -136,12 +136,28 @@ def get_base_config() -> ml_collections.ConfigDict:
   schedule.reference_devices = 1
 
   config.optimizer = optimizer = ml_collections.ConfigDict()
-  # Of the encoder at step 0; falls with (1 - step / steps) ** poly_power.
+  # Of the encoder at step 0.
   optimizer.learning_rate = 0.001
   # The batch.labelled that learning_rate is meant for. Another one scales it in
   # proportion, as the published code asks for; the log has the result.
   optimizer.reference_batch = 16
+  # How the rate falls: 'poly', with (1 - step / steps) ** poly_power; 'cosine',
+  # half a wave to 0; 'multistep', times decay_factor at every milestone;
+  # 'plateau', times decay_factor where eval/miou no longer rises.
+  optimizer.schedule = "poly"
   optimizer.poly_power = 0.9
+  optimizer.decay_factor = 0.1
+  # Of 'multistep': shares of the updates.
+  optimizer.milestones = (0.6, 0.8)
+  # 'plateau' reduces the rate after this many evaluations in a row of which
+  # none beat the last better one by more than `threshold` (absolute, mIoU from
+  # 0 to 1). After `reductions` of them it stops the run instead. Evaluations
+  # within the warm-up do not count. The best step is then the first one within
+  # `threshold` of the highest mIoU.
+  optimizer.plateau = plateau = ml_collections.ConfigDict()
+  plateau.patience = 10
+  plateau.threshold = 0.001
+  plateau.reductions = 2
   # Learning rate of everything outside the encoder, relative to it.
   optimizer.head_multiplier = 10.0
   optimizer.momentum = 0.9
@@ -233,10 +249,15 @@ def get_base_config() -> ml_collections.ConfigDict:
   config.eval = evaluation = ml_collections.ConfigDict()
   # 'padded': whole images in one static shape, padding ignored; 'whole': whole
   # images, one compilation per size; 'center_crop': published protocol of VOC,
-  # needs the quirk padded_center_crop.
+  # needs the quirk padded_center_crop; 'sliding_window': published protocol of
+  # Cityscapes. See docs/evaluation.md.
   evaluation.protocol = "padded"
   # Shape of 'padded' and 'center_crop'.
   evaluation.pad_to = (513, 513)
+  # Of 'sliding_window': height and width, and the step from one window to the
+  # next as a share of them.
+  evaluation.window = (769, 769)
+  evaluation.stride = 2 / 3
   # Images at once, over all devices.
   evaluation.batch = 16
   evaluation.every_epochs = 1
@@ -255,6 +276,12 @@ def get_base_config() -> ml_collections.ConfigDict:
   log.every_steps = 50
   # Images drawn in the report.
   log.report_images = 8
+  # Epochs between pictures of a few validation images (image | truth |
+  # prediction | entropy) in TensorBoard and Weights & Biases; 0 for none.
+  log.images_every_epochs = 10
+  # Weights & Biases project that gets the metrics too, '' for none. Needs the
+  # package wandb; its WANDB_* environment variables apply.
+  log.wandb_project = ""
   return config
 
 

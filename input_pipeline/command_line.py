@@ -2,8 +2,10 @@
 
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import NoReturn
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -18,17 +20,59 @@ def fail(message: str, code: int = 1) -> NoReturn:
   sys.exit(code)
 
 
-def parse_flags(argv: list[str], *, code: int = 1) -> list[str]:
+def parse_flags(
+  argv: list[str],
+  *,
+  code: int = 1,
+  needs_config: bool = True,
+  max_arguments: int = 0,
+) -> list[str]:
   """Parses the flags, for app.run; what the user got wrong becomes one line.
 
   Args:
     argv: name of the program and its arguments.
     code: status to exit with if they are wrong.
+    needs_config: whether --config must be given.
+    max_arguments: how many arguments that are no flags may be given.
+
+  Returns:
+    The name of the program and the arguments that are no flags.
   """
+  arguments, has_config = _parse(flags.FLAGS, CONFIG, argv, code)
+  if len(arguments) > 1 + max_arguments:
+    unexpected = arguments[1 + max_arguments]
+    fail(f"unexpected argument {unexpected!r}: flags begin with --", code)
+  if needs_config and not has_config:
+    fail("--config is missing: for example --config=configs/voc_1464.py", code)
+  return arguments
+
+
+def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
+  """The config of a command that another process will run.
+
+  Args:
+    arguments: '--config=file.py:argument' and then '--config.key=value' ...
+
+  Returns:
+    The resolved config. What is wrong ends the program with one line.
+  """
+  argv = ["command", *arguments]
+  values = flags.FlagValues()
+  config = config_flags.DEFINE_config_file(
+    "config", flag_values=values, sys_argv=argv
+  )
+  _parse(values, config, argv, 1)
+  return config.value
+
+
+def _parse(
+  values: flags.FlagValues, config: flags.FlagHolder, argv: list[str], code: int
+) -> tuple[list[str], bool]:
+  """(arguments that are no flags, whether there is a config)."""
   try:
-    arguments = flags.FLAGS(argv)
+    arguments = values(argv)
     # A file that is missing shows at the first look into the config.
-    has_config = CONFIG.value is not None and "name" in CONFIG.value
+    return arguments, config.value is not None and "name" in config.value
   except flags.Error as error:
     # An error in get_config arrives as text that ends with its own line.
     fail(str(error).strip().splitlines()[-1], code)
@@ -39,8 +83,3 @@ def parse_flags(argv: list[str], *, code: int = 1) -> list[str]:
     text = str(error).replace("\\n", " ").replace("\\", "").replace("'", "")
     text = " ".join(text.split()).split("Attempted ")[-1]
     fail(f"--config: no such key or file: {text}", code)
-  if len(arguments) > 1:
-    fail(f"unexpected argument {arguments[1]!r}: flags begin with --", code)
-  if not has_config:
-    fail("--config is missing: for example --config=configs/voc_1464.py", code)
-  return arguments

@@ -16,7 +16,7 @@ from input_pipeline.datasets import INDEX_MASKS, MaskFormat
 
 # EXIF: tag of the orientation, and its values that swap height and width.
 _EXIF_ORIENTATION = 0x0112
-_SWAPPING_ORIENTATIONS = frozenset((5, 6, 7, 8))
+SWAPPING_ORIENTATIONS = frozenset((5, 6, 7, 8))
 
 # PIL reports damage inside a PNG as a SyntaxError.
 PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -236,7 +236,7 @@ def decode_pair(
   if mask.shape != image.shape[:2]:
     fix = "make one mask pixel per image pixel"
     height, width, orientation = read_header(io.BytesIO(data), image_path)
-    if orientation in _SWAPPING_ORIENTATIONS and mask.shape == (height, width):
+    if orientation in SWAPPING_ORIENTATIONS and mask.shape == (height, width):
       fix = "the image is rotated by its EXIF tag: save it without the tag"
     raise errors.DataError(
       f"{image_path} is {_size_text(image.shape)} but its mask {mask_path} is"
@@ -262,7 +262,7 @@ def image_sizes(
       continue
     with source.open_image(id) as file:
       height, width, orientation = read_header(file, source.image_path(id))
-    if orientation in _SWAPPING_ORIENTATIONS:
+    if orientation in SWAPPING_ORIENTATIONS:
       height, width = width, height
     sizes.append((height, width))
   return sizes
@@ -365,7 +365,15 @@ def read_header(
       warnings.simplefilter("ignore", Image.DecompressionBombWarning)
       with Image.open(file) as image:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-        return image.height, image.width, orientation
+        height, width = image.height, image.width
+        if image.format == "TIFF" and orientation in SWAPPING_ORIENTATIONS:
+          height, width = width, height  # PIL tells the size of the turned one.
+        return height, width, orientation
+  except Image.DecompressionBombError as error:
+    text = str(error).split(",")[0]
+    raise errors.UnreadableFileError(
+      f"{path}: too large ({text}): reduce it, or cut it into pieces"
+    ) from None
   except PIL_ERRORS:
     raise errors.UnreadableFileError(
       f"{path}: cannot be read as an image; it is damaged, truncated or of an"

@@ -1,9 +1,10 @@
 """Long work on many files: a progress bar, and threads."""
 
+import collections
 import concurrent.futures
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import cv2
@@ -66,3 +67,32 @@ def map_in_threads(
       results.append(result)
       bar.update()
   return results
+
+
+def map_ahead(
+  function: Callable[[_Item], _Result], items: Iterable[_Item], ahead: int
+) -> Iterator[_Result]:
+  """Yields function(item) in order, computed by threads a little ahead.
+
+  Unlike `map_in_threads` never more than `ahead` results wait to be taken:
+  they may be large.
+
+  Args:
+    function: its first exception is raised where its result is due.
+    items: also an endless one.
+    ahead: results that are computed or kept at a time, at least 1.
+  """
+  cv2.setNumThreads(1)
+  num_threads = min(ahead, 2 * (os.cpu_count() or 1))
+  waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+  executor = concurrent.futures.ThreadPoolExecutor(num_threads)
+  try:
+    for item in items:
+      waiting.append(executor.submit(function, item))
+      if len(waiting) == ahead:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()
+  finally:
+    # The caller may have had enough, or one function may have failed.
+    executor.shutdown(cancel_futures=True)

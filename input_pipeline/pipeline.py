@@ -155,6 +155,9 @@ def make_eval_stream(
   batch_size: int,
   pad_to: tuple[int, int] | None = None,
   center_crop: bool = False,
+  window: tuple[int, int] | None = None,
+  stride: tuple[int, int] | None = None,
+  row_multiple: int | None = None,
   num_classes: int,
   ignore_label: int = 255,
   mask_format: datasets.MaskFormat = datasets.INDEX_MASKS,
@@ -164,10 +167,13 @@ def make_eval_stream(
 ) -> Iterator[Batch]:
   """A finite stream of whole images, each exactly once and in order.
 
-  Images are padded at the bottom and on the right. Without `pad_to` they are
-  not padded but batched by size: sizes come in the order of their first image,
-  and the images of a size in the order of `ids`. A batch that is not full
-  repeats its last image, with is_real False and all labels ignored.
+  With `pad_to` images are padded at the bottom and on the right, all to one
+  size. With `window` they are batched by how many windows it takes to cover
+  them, and padded to what so many windows cover; one that is smaller than the
+  window lies in the middle of it, as in the published code. With neither they
+  are not padded but batched by size. Sizes come in the order of their first
+  image, and the images of a size in the order of `ids`. A batch that is not
+  full repeats its last image, with is_real False and all labels ignored.
 
   Args:
     source: where images and masks come from, such as a Layout.
@@ -176,6 +182,11 @@ def make_eval_stream(
     pad_to: (h, w) of every batch, or None.
     center_crop: pad on both sides alike, and cut what is larger than `pad_to`
       down to its middle: the protocol of the published code.
+    window, stride: (h, w) in pixels of windows and of the steps between them,
+      or None.
+    row_multiple: if given, the batches of a size that has fewer than
+      `batch_size` images have only as many rows as they need, a multiple of
+      this.
     num_classes: valid labels are 0 ... num_classes - 1.
     ignore_label: the one other label that masks may hold; label of the padding.
     mask_format: what the pixels of masks mean.
@@ -202,22 +213,27 @@ def make_eval_stream(
   )
   if center_crop and pad_to is None:
     raise ValueError("center_crop needs the size of the crop in pad_to")
+  if (window is None) != (stride is None) or (window and pad_to):
+    raise ValueError("window and stride go together, and without pad_to")
   plan = _plan_eval(
     source,
     ids,
     batch_size=batch_size,
     pad_to=pad_to,
     center_crop=center_crop,
+    window=window,
+    stride=stride,
+    row_multiple=row_multiple,
   )
   load = _LoadEvalBatch(
     source,
     tuple(ids),
-    batch_size,
     with_labels,
     num_classes,
     ignore_label,
     mask_format,
     center_crop,
+    window,
   )
   batches = grain.MapDataset.source(plan).map(load)
   stream = batches.to_iter_dataset(_read_options(num_threads, prefetch))
@@ -327,9 +343,10 @@ class _LoadTrainExample:
 
 @dataclasses.dataclass(frozen=True)
 class _EvalBatch:
-  """Which images make a batch, and the size they are padded to."""
+  """Which images make a batch, its rows, and the size they are padded to."""
 
   indices: tuple[int, ...]
+  num_rows: int
   size: tuple[int, int]
 
 
@@ -339,20 +356,20 @@ class _LoadEvalBatch:
 
   source: sources.Source
   ids: tuple[str, ...]
-  batch_size: int
   with_labels: bool
   num_classes: int
   ignore_label: int
   mask_format: datasets.MaskFormat
   center_crop: bool
+  window: tuple[int, int] | None
 
   def __call__(self, plan: _EvalBatch) -> Mapping:
     num_real = len(plan.indices)
-    shape = (self.batch_size, *plan.size)
+    shape = (plan.num_rows, *plan.size)
     image = np.zeros((*shape, 3), np.uint8)
     label = np.full(shape, self.ignore_label, np.uint8)
-    valid_box = np.zeros((self.batch_size, 4), np.int32)
-    index = np.empty(self.batch_size, np.int32)
+    valid_box = np.zeros((plan.num_rows, 4), np.int32)
+    index = np.empty(plan.num_rows, np.int32)
     for row, position in enumerate(plan.indices):
       try:
         photo, mask = _load(self, self.ids[position])
@@ -363,6 +380,9 @@ class _LoadEvalBatch:
         photo, (top, left) = _cut_middle(photo, plan.size)
         if mask is not None:
           mask, _ = _cut_middle(mask, plan.size)
+      elif self.window is not None:
+        top = max(self.window[0] - photo.shape[0], 0) // 2
+        left = max(self.window[1] - photo.shape[1], 0) // 2
       h, w = photo.shape[:2]
       if h > plan.size[0] or w > plan.size[1]:
         path = self.source.image_path(self.ids[position])
@@ -382,7 +402,7 @@ class _LoadEvalBatch:
       "image": image,
       "valid_box": valid_box,
       "index": index,
-      "is_real": np.arange(self.batch_size) < num_real,
+      "is_real": np.arange(plan.num_rows) < num_real,
     }
     if self.with_labels:
       batch["label"] = label
@@ -406,9 +426,15 @@ def _plan_eval(
   batch_size: int,
   pad_to: tuple[int, int] | None,
   center_crop: bool,
+  window: tuple[int, int] | None,
+  stride: tuple[int, int] | None,
+  row_multiple: int | None,
 ) -> list[_EvalBatch]:
   groups = collections.defaultdict(list)
   for position, (h, w) in enumerate(decode.image_sizes(source, ids)):
+    if window is not None:
+      groups[covered_size((h, w), window, stride)].append(position)
+      continue
     if pad_to is None:
       groups[h, w].append(position)
       continue
@@ -419,11 +445,31 @@ def _plan_eval(
         " eval.pad_to to the largest image, or set it to None"
       )
     groups[tuple(pad_to)].append(position)
-  return [
-    _EvalBatch(tuple(positions[start : start + batch_size]), size)
-    for size, positions in groups.items()
-    for start in range(0, len(positions), batch_size)
-  ]
+  plan = []
+  for size, positions in groups.items():
+    num_rows = batch_size
+    if row_multiple is not None and len(positions) < batch_size:
+      num_rows = -(-len(positions) // row_multiple) * row_multiple
+    for start in range(0, len(positions), num_rows):
+      rows = tuple(positions[start : start + num_rows])
+      plan.append(_EvalBatch(rows, num_rows, size))
+  return plan
+
+
+def covered_size(
+  size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]
+) -> tuple[int, int]:
+  """(h, w) that as many windows cover as it takes to cover `size`.
+
+  All in pixels. The stride must not exceed the window.
+  """
+  steps = (
+    max(0, -(-(length - wide) // step))
+    for length, wide, step in zip(size, window, stride, strict=True)
+  )
+  return tuple(
+    wide + n * step for wide, step, n in zip(window, stride, steps, strict=True)
+  )
 
 
 def _load(

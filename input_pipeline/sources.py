@@ -308,8 +308,9 @@ def _check_exist(paths: Sequence[str], kind: str) -> None:
       ) from None
     missing.update(os.path.join(folder, name) for name in names - present)
   if missing:
-    first = next(path for path in paths if path in missing)
+    first, *others = (path for path in paths if path in missing)
+    also = f" (also {' and '.join(others[:2])})" if others else ""
     raise errors.DataError(
       f"{first}: {kind} not found; {len(missing)} of {len(paths)} {kind}s are"
-      f" missing: add the files, or take their ids off the list"
+      f" missing{also}: add the files, or take their ids off the list"
     )

@@ -30,7 +30,7 @@ def format_table(runs: Sequence[Run]) -> str:
   rows = [("run", "steps", "mIoU", "best", "at step")]
   finals = []
   for run, label in zip(runs, report.run_labels(runs), strict=True):
-    best, final = run.best("eval/miou"), run.last("eval/miou")
+    best, final = run.best_evaluation, run.last("eval/miou")
     if best is None:
       raise RunError(f"{run.workdir}: metrics.jsonl has no eval/miou yet")
     finals.append(final)

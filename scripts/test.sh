@@ -26,4 +26,5 @@ prepare_venv test
 cd "$ROOT"
 "$VENV_PYTHON" -m ruff check --quiet .
 "$VENV_PYTHON" -m ruff format --quiet --diff .
-exec "$VENV_PYTHON" -m pytest ${arguments[@]+"${arguments[@]}"}
+# With the reasons of what is skipped, such as a browser that is not installed.
+exec "$VENV_PYTHON" -m pytest -rs ${arguments[@]+"${arguments[@]}"}

@@ -25,6 +25,8 @@ _LEAF_LEVELS = (
     "losses",
     "metrics",
     "optimizer",
+    "pixel_counts",
+    "plateau",
     "reliability",
     "rngs",
   },
@@ -64,6 +66,11 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
     ),
     "u2pl_jax.sharding": (set(), {"jax", "numpy"}),
     "u2pl_jax.checkpoint": (set(), {"flax", "jax", "numpy", "orbax"}),
+    "u2pl_jax.tiling": (
+      _u2pl({"evaluation", "images", "sharding", "train_state"}),
+      maths,
+    ),
+    "u2pl_jax.prediction_log": ({"input_pipeline"}, set()),
     "u2pl_jax.train_state": (_u2pl({"memory_bank"}), maths),
     "u2pl_jax.train_step": (
       _u2pl(_LEAVES | {"models.layers", "train_state"}),
@@ -73,10 +80,42 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
       _u2pl(_LEAVES | {"models.layers", "train_state"}),
       maths,
     ),
+    # Two evaluations are compared without a backend, from any machine.
+    "u2pl_jax.evaluation_record": (
+      _u2pl({"metrics"}) | {"input_pipeline"},
+      {"numpy"},
+    ),
     # A page is drawn without a backend, from any machine.
-    "u2pl_jax.run_log": (set(), {"numpy"}),
-    "u2pl_jax.report_plots": (_u2pl({"run_log"}), {"matplotlib", "numpy"}),
-    "u2pl_jax.report": (_u2pl({"report_plots", "run_log"}), {"numpy"}),
+    "u2pl_jax.run_log": (_u2pl({"plateau"}), {"numpy"}),
+    "u2pl_jax.advice": (_u2pl({"run_log"}), {"numpy"}),
+    "u2pl_jax.run_stats": (
+      {"input_pipeline.storage"} | _u2pl({"run_log"}),
+      {"matplotlib", "numpy"},
+    ),
+    "u2pl_jax.report_figures": (_u2pl({"run_log"}), {"numpy"}),
+    "u2pl_jax.report_images": (
+      _u2pl({"run_log"}),
+      {"PIL", "matplotlib", "numpy"},
+    ),
+    "u2pl_jax.report_page": (
+      _u2pl({"report_figures", "report_images"}),
+      set(),
+    ),
+    "u2pl_jax.report": (
+      {"input_pipeline.storage"}
+      | _u2pl(
+        {
+          "advice",
+          "report_figures",
+          "report_images",
+          "report_page",
+          "run_log",
+          "run_stats",
+        }
+      ),
+      {"numpy"},
+    ),
+    "u2pl_jax.image_strip": (set(), {"PIL", "matplotlib", "numpy"}),
   }
   below: set[str] = set()
   for level in _LEAF_LEVELS:
@@ -96,6 +135,7 @@ _OWNERS = {
   "tensorflow_datasets": {"input_pipeline"},
   "clu": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},
   "tensorflow": {"u2pl_jax.main", "u2pl_jax.train", "u2pl_jax.writers"},
+  "wandb": {"u2pl_jax.writers"},
 }
 # Calls that place arrays on devices; as annotations the names are free.
 _SHARDING_CALLS = {"Mesh", "NamedSharding", "make_mesh"}
@@ -214,12 +254,14 @@ def test_every_rule_is_about_a_module_that_exists():
     ("u2pl_jax.train_step", "from u2pl_jax.models.deeplab import DeepLab"),
     ("u2pl_jax.train_step", "from u2pl_jax import sharding"),
     ("u2pl_jax.train_step", "from clu import metric_writers"),
+    ("u2pl_jax.evaluation_record", "import jax"),
     ("u2pl_jax.report", "import jax"),
     ("u2pl_jax.report", "from u2pl_jax.train import evaluate"),
     ("u2pl_jax.train", "import orbax.checkpoint as ocp"),
     ("u2pl_jax.train", "import grain"),
     ("u2pl_jax.train", "import tensorflow_datasets as tfds"),
     ("u2pl_jax.build", "import tensorflow as tf"),
+    ("u2pl_jax.train", "import wandb"),
     ("u2pl_jax.build", "mesh = jax.make_mesh((1,), ('data',))"),
     ("u2pl_jax.build", "sharding = NamedSharding(mesh, spec)"),
     ("u2pl_jax.build", "mesh = jax.sharding.Mesh(devices, ('data',))"),
@@ -253,7 +295,18 @@ def test_what_the_design_allows_is_allowed(module, source):
       ("tensorflow", "clu", "tensorflow_datasets", "grain", "orbax"),
     ),
     ("input_pipeline", ("jax", "flax", "tensorflow")),
-    ("u2pl_jax.report", ("jax", "flax", "tensorflow", "matplotlib.pyplot")),
+    ("u2pl_jax.evaluation_record", ("jax", "flax", "tensorflow", "cv2")),
+    (
+      "u2pl_jax.report",
+      (
+        "jax",
+        "flax",
+        "tensorflow",
+        "cv2",
+        "matplotlib.pyplot",
+        "plotly",
+      ),
+    ),
   ],
 )
 def test_importing_stays_light(module, heavy):

@@ -457,3 +457,53 @@ def test_center_crop_by_hand(tmp_path):
   assert not batch["image"][0, [0, 4]].any()
   with pytest.raises(ValueError, match="center_crop"):
     ip.make_eval_stream(layout, ["a"], **options)
+
+
+def test_windows_are_batched_by_how_many_cover_the_image(tmp_path):
+  # Windows of 10x8 every 6 and 5 pixels: one window high up to 10 pixels, two
+  # up to 16; one wide up to 8, two up to 13, three up to 18.
+  sizes = [(10, 8), (11, 13), (16, 9), (4, 18), (7, 5)]
+  layout, ids = write_dataset(tmp_path, sizes)
+  options = {"batch_size": 2, "window": (10, 8), "stride": (6, 5)}
+  batches = eval_batches((layout, ids), **options)
+  assert [batch["label"].shape for batch in batches] == [
+    (2, 10, 8),
+    (2, 16, 13),
+    (2, 10, 18),
+  ]
+  assert [batch["index"].tolist() for batch in batches] == [
+    [0, 4],
+    [1, 2],
+    [3, 3],
+  ]
+  boxes = {
+    index: box.tolist()
+    for batch in batches
+    for index, box in zip(batch["index"], batch["valid_box"], strict=True)
+  }
+  # In the middle of a window that is larger, rounded up and to the left.
+  assert boxes == {
+    0: [0, 0, 10, 8],
+    1: [0, 0, 11, 13],
+    2: [0, 0, 16, 9],
+    3: [3, 0, 7, 18],
+    4: [1, 1, 8, 6],
+  }
+  photo = ip.decode_image(layout.image_path(ids[4]))
+  np.testing.assert_array_equal(batches[0]["image"][1, 1:8, 1:6], photo)
+  for unfit in ({"pad_to": (20, 20)}, {"stride": None}):
+    with pytest.raises(ValueError, match="window and stride"):
+      eval_batches((layout, ids), **options | unfit)
+
+
+def test_few_images_of_a_size_make_a_small_batch(tmp_path):
+  a, b = (8, 9), (9, 8)
+  dataset = write_dataset(tmp_path, [a, a, a, a, a, a, b])
+  batches = eval_batches(dataset, batch_size=4, row_multiple=2)
+  assert [batch["index"].tolist() for batch in batches] == [
+    [0, 1, 2, 3],
+    [4, 5, 5, 5],
+    [6, 6],
+  ]
+  assert batches[2]["is_real"].tolist() == [True, False]
+  assert_rows_are_the_images(dataset, batches)

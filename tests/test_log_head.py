@@ -8,7 +8,7 @@ from configs import folder, voc
 from input_pipeline import dataset_info
 from tests import published_splits
 from u2pl_jax import build as build_lib
-from u2pl_jax import train
+from u2pl_jax.log_head import log_head as write_head
 
 
 def log_head(config, labelled, unlabelled, caplog):
@@ -23,7 +23,7 @@ def log_head(config, labelled, unlabelled, caplog):
   )
   state = types.SimpleNamespace(student=types.SimpleNamespace(params={}))
   caplog.set_level("INFO", logger="u2pl_jax")
-  train._log_head(config, "runs/x", program, data, state)
+  write_head(config, "runs/x", program, data, state)
   return [record.getMessage() for record in caplog.records]
 
 
@@ -41,7 +41,7 @@ def test_family_of_the_split(split, line, caplog):
   ids = published_splits.read("voc", voc.SPLITS[split])
   lines = log_head(config, *ids, caplog)
   assert any(text.startswith(f"split: {line}") for text in lines)
-  assert any(text.endswith("16 + 16 images a step, learning rate 0.001")
+  assert any(text.endswith("16 + 16 images a step, learning rate 0.001, poly")
              for text in lines)  # fmt: skip
 
 
@@ -55,6 +55,6 @@ def test_scaled_learning_rate_and_chosen_ranks(caplog):
   assert (
     "schedule: 40 epochs of 2 steps, warm-up 40 steps, total 80 steps,"
     " 4 + 8 images a step, learning rate 0.01 (0.02 at 8 labelled images a"
-    " step)"
+    " step), poly"
   ) in lines
   assert "contrastive ranks for 21 classes: low_rank 3, high_rank 20" in lines

@@ -23,12 +23,14 @@ from PIL import Image
 
 from configs import testing
 from input_pipeline import DataError, dataset_info
-from u2pl_jax import checkpoint, train, writers
+from u2pl_jax import advice, checkpoint, train, writers
 from u2pl_jax import data as data_lib
 from u2pl_jax.build import DataSpec, build
 from u2pl_jax.checkpoint import CheckpointError, Checkpoints
 from u2pl_jax.config_checks import ConfigError
+from u2pl_jax.evaluation_record import image_miou, read_record, summarise
 from u2pl_jax.models import torch_weights
+from u2pl_jax.run_log import read_run
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 NUM_CLASSES = 11  # Those of 'camvid', whose name stands in the config.
@@ -112,6 +114,10 @@ def read_metrics(workdir, *, with_time=False):
   ]
 
 
+def best_of(workdir):
+  return max(x.get("eval/miou", -1) for x in read_metrics(workdir))
+
+
 def read_state(config, workdir):
   """The state of the newest checkpoint, and its meta data."""
   info = dataset_info(config.dataset.name)
@@ -168,11 +174,37 @@ def test_what_a_run_leaves(root, finished):
   config = json.loads((finished / writers.CONFIG_FILE).read_text())
   assert config["dataset"]["root"] == str(root)
   assert (finished / "report" / "index.html").is_file()
-  assert len(list((finished / "report" / "overlays").iterdir())) == 2
+  record = read_record(finished / train.EVALUATION_FOLDER)
+  line = {x["step"]: x for x in read_metrics(finished)}[record.step]
+  summary = summarise(record)
+  assert summary["miou"] == line["eval/miou"] == best_of(finished)
+  assert summary["mean_accuracy"] == line["eval/mean_accuracy"]
+  assert summary["ece"] == line["eval/ece"]
+  assert record.image_ids == ("v0", "v1", "v2", "v3")
+  assert record.protocol["name"] == "padded"
+  # Five evaluations.
+  assert len((finished / "stats.csv").read_text().splitlines()) == 1 + 5
+  assert (finished / "plots" / "train_bank_fill.png").is_file()
   steps = {int(p.name) for p in (finished / checkpoint.FOLDER).iterdir()}
   _, meta = read_state(make_config(root), finished)
+  pictured = json.loads((finished / "report" / "report.json").read_text())
+  assert pictured["pictures"]["step"] == meta.best_step
+  samples = pictured["pictures"]["samples"]
+  scores = dict(zip(record.image_ids, image_miou(record), strict=True))
+  assert [sample["group"] for sample in samples] == ["best", "worst"]
+  for sample, extreme in zip(samples, (max, min), strict=True):
+    assert scores[sample["id"]] == extreme(scores.values())
+    # The picture is of the network that was judged.
+    assert sample["miou"] == pytest.approx(scores[sample["id"]], abs=1e-9)
+  assert sum(pictured["labelled_pixels"]) > 0
   assert steps == {16, 20, meta.best_step}
   assert not list(finished.glob("*.tmp"))
+
+
+def test_advice_on_a_tiny_run(finished):
+  """Of 20 steps, which teach next to nothing, it says no more than is true."""
+  titles = {finding.title for finding in advice.findings(read_run(finished))}
+  assert titles <= {"The run was still improving at its end"}
 
 
 def test_lines_of_a_run(finished):
@@ -269,8 +301,9 @@ write = writers.MetricsWriter.write
 def write_and_die(self, step, metrics):
   write(self, step, metrics)
   if step == 15:
-    self._file.write('{"step": 16, "train/su')
-    self._file.flush()
+    file = self._sinks[0]._file
+    file.write('{"step": 16, "train/su')
+    file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 writers.MetricsWriter.write = write_and_die
 pass"""
@@ -503,22 +536,14 @@ def test_last_eval_batch_counts_once(root):
   data = data_lib.load_data(config, info)
   ids = data.validation[:3]
   program = build(config, DataSpec(NUM_CLASSES, info.mean, info.std, 16))
-  # Predicts class 0 everywhere and counts what it is asked.
-  program = dataclasses.replace(
-    program,
-    eval_step=lambda _, batch: (
-      jnp.zeros((11, 11), jnp.int32)
-      .at[0, 0]
-      .set(((batch["label"] != 255) & batch["is_real"][:, None, None]).sum())
-    ),
-  )
-  confusion = train.confusion_of(config, program, data, None, ids)
-  assert confusion.dtype == np.int64
-  pixels = 0
-  for name in ids:
+  network = program.create_state().student
+  counts = train.counts_of(config, program, data, network, ids)
+  assert counts.confusions.dtype == np.int64
+  for name, confusion in zip(ids, counts.confusions, strict=True):
     mask = Image.open(root / "SegmentationClass" / f"{name}.png")
-    pixels += (np.asarray(mask) != 255).sum()
-  assert confusion.sum() == pixels
+    pixels = np.asarray(mask)
+    expected = np.bincount(pixels[pixels != 255], minlength=NUM_CLASSES)
+    np.testing.assert_array_equal(confusion.sum(1), expected)
 
 
 # -- Bad input, before anything compiles ---------------------------------------

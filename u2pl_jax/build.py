@@ -21,17 +21,25 @@ from u2pl_jax.config_checks import (
   bank_capacities,
   check_config,
   contrastive_ranks,
+  eval_protocol,
   parse_quirks,
   splits_bank,
 )
-from u2pl_jax.evaluation import make_eval_step, make_predict_step
+from u2pl_jax.evaluation import EvalSettings, make_predict_step
+from u2pl_jax.evaluator import Evaluator
 from u2pl_jax.models.deeplab import DeepLab
 from u2pl_jax.models.pretrained import (
   check_pretrained,
   load_pretrained,
   read_pretrained,
 )
-from u2pl_jax.optimizer import Schedule, poly_schedule, sgd
+from u2pl_jax.optimizer import (
+  Schedule,
+  cosine_schedule,
+  multistep_schedule,
+  poly_schedule,
+  sgd,
+)
 from u2pl_jax.photometric import PhotometricSettings
 from u2pl_jax.train_state import TrainState, Variables, create_train_state
 from u2pl_jax.train_step import (
@@ -70,11 +78,12 @@ class Program:
   Attributes:
     mesh: over all devices.
     model, tx, recipe: as in `train_step`.
-    learning_rate: of the encoder by step.
+    learning_rate: of the encoder by step; for the schedule 'plateau' the one of
+      step 0, and the state of `tx` has the present one.
     supervised_step: compiled `(state, labelled dict) -> (state, metrics)`.
     semi_supervised_step: compiled `(state, labelled, unlabelled dicts) ->
       (state, metrics)`; None for the supervised method.
-    eval_step: compiled `(variables, batch dict) -> confusion matrix`.
+    evaluator: counts pixels under the config's protocol.
     predict_step: compiled `(variables, batch dict) -> (classes, entropy)`.
     create_state: `() -> TrainState` at step 0, on the devices of the mesh.
   """
@@ -83,10 +92,10 @@ class Program:
   model: DeepLab
   tx: optax.GradientTransformation
   recipe: Recipe
-  learning_rate: Schedule
+  learning_rate: float | Schedule
   supervised_step: Callable[..., tuple[TrainState, dict]]
   semi_supervised_step: Callable[..., tuple[TrainState, dict]] | None
-  eval_step: Callable[..., jax.Array]
+  evaluator: Evaluator
   predict_step: Callable[..., tuple[jax.Array, jax.Array]]
   create_state: Callable[[], TrainState]
 
@@ -117,6 +126,25 @@ def base_learning_rate(config: ml_collections.ConfigDict) -> float:
   return optimizer.learning_rate * (
     config.batch.labelled / optimizer.reference_batch
   )
+
+
+def make_learning_rate(
+  config: ml_collections.ConfigDict, total_steps: int
+) -> float | Schedule:
+  """What `optimizer.sgd` takes as the learning rate."""
+  optimizer, base = config.optimizer, base_learning_rate(config)
+  match optimizer.schedule:
+    case "poly":
+      return poly_schedule(base, total_steps, optimizer.poly_power)
+    case "cosine":
+      return cosine_schedule(base, total_steps)
+    case "multistep":
+      return multistep_schedule(
+        base, total_steps, optimizer.milestones, optimizer.decay_factor
+      )
+    case "plateau":
+      return base
+  raise ValueError(f"schedule {optimizer.schedule!r}: see config_checks")
 
 
 def make_recipe(config: ml_collections.ConfigDict, data: DataSpec) -> Recipe:
@@ -285,9 +313,7 @@ def build(
   model = make_model(config, data.num_classes)
   recipe = make_recipe(config, data)
   optimizer = config.optimizer
-  learning_rate = poly_schedule(
-    base_learning_rate(config), recipe.total_steps, optimizer.poly_power
-  )
+  learning_rate = make_learning_rate(config, recipe.total_steps)
   tx = sgd(
     learning_rate,
     momentum=optimizer.momentum,
@@ -351,16 +377,11 @@ def build(
       if config.method == "u2pl"
       else None
     ),
-    eval_step=jax.jit(
-      make_eval_step(
-        model,
-        num_classes=recipe.num_classes,
-        ignore_label=recipe.ignore_label,
-        padding_label=0 if config.eval.protocol == "center_crop" else None,
-        **pixels,
-      ),
-      in_shardings=(repl, split),
-      out_shardings=repl,
+    evaluator=Evaluator(
+      model,
+      mesh,
+      eval_protocol(config),
+      EvalSettings(recipe.num_classes, recipe.ignore_label, **pixels),
     ),
     predict_step=jax.jit(
       make_predict_step(model, **pixels),

@@ -6,12 +6,13 @@ input needs no item of its own, since batch k is a function of (seed, k).
 
 A save is asynchronous and atomic: orbax writes into a folder with another name
 and renames it. What a killed process leaves under such a name is removed by the
-next manager; what is damaged later is skipped here.
+next one; what is damaged later is skipped here.
 """
 
 import dataclasses
 import logging
 import pathlib
+import shutil
 import zlib
 from typing import Any
 
@@ -38,11 +39,14 @@ class Meta:
 
   Attributes:
     step: updates done.
-    best_miou: highest mIoU of all evaluations up to this step, if any.
+    best_miou: of the best evaluation up to this step, if any: the highest mIoU,
+      or for the schedule 'plateau' the first within its threshold of that.
     best_step: the step that had it.
     network: 'teacher' or 'student': which one is judged at this step.
     config: digest of the config without the keys that may change.
     lists: digest of the lists of images.
+    evaluations: (step, mIoU) of all so far, oldest first.
+    contenders: steps that may be the best one after further evaluations.
   """
 
   step: int
@@ -51,20 +55,22 @@ class Meta:
   network: str
   config: str
   lists: str
+  evaluations: tuple[tuple[int, float], ...] = ()
+  contenders: tuple[int, ...] = ()
 
 
 class _LatestAndBest:
-  """Orbax's `PreservationPolicy`: the newest `keep` and the best."""
+  """Orbax's `PreservationPolicy`: the newest `keep`, and what may be best."""
 
   def __init__(self, keep: int):
     self.keep = keep
-    self.best_step: int | None = None
+    self.kept: set[int | None] = set()
 
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
     del context
     steps = [checkpoint.step for checkpoint in checkpoints]
     newest = sorted(steps)[-self.keep :]
-    return [step in newest or step == self.best_step for step in steps]
+    return [step in newest or step in self.kept for step in steps]
 
 
 class Checkpoints:
@@ -80,6 +86,8 @@ class Checkpoints:
     self._workdir = workdir
     self.directory = (workdir / FOLDER).absolute()
     self._policy = _LatestAndBest(keep)
+    if jax.process_index() == 0:
+      _remove_unfinished(self.directory)
     self._manager = ocp.CheckpointManager(
       self.directory,
       item_handlers={
@@ -88,7 +96,6 @@ class Checkpoints:
       },
       options=ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
-        cleanup_tmp_directories=True,
         # Reads nothing of the existing steps, of which one may be damaged.
         lightweight_initialize=True,
       ),
@@ -105,10 +112,10 @@ class Checkpoints:
 
     Args:
       state: pytree of arrays.
-      meta: of the same step; `meta.best_step` decides which old checkpoint is
-        kept as the best.
+      meta: of the same step; decides which old checkpoints are kept: those of
+        the best step and the contenders.
     """
-    self._policy.best_step = meta.best_step
+    self._policy.kept = {meta.best_step, *meta.contenders}
     stored_meta = {**dataclasses.asdict(meta), "checksum": _checksum(state)}
     self._manager.save(
       meta.step,
@@ -313,6 +320,16 @@ def read_checkpoint(workdir: pathlib.Path, step: int | None = None) -> Stored:
   return Stored(meta, traverse_util.flatten_dict(tree, sep="/"))
 
 
+def _remove_unfinished(directory: pathlib.Path) -> None:
+  """Removes what killed saves have left behind.
+
+  Orbax's manager would do it in a thread that outlives one which saves nothing,
+  and meets that of the next.
+  """
+  for unfinished in ocp.utils.tmp_checkpoints(directory):
+    shutil.rmtree(unfinished.get())
+
+
 def _best_step(directory: pathlib.Path, steps: list[int]) -> int:
   """Of the newest checkpoint that says which was the best; else the newest."""
   for step in reversed(steps):
@@ -333,6 +350,12 @@ def _read_meta(folder: pathlib.Path, step: int) -> tuple[Meta, int]:
   stored = dict(handler.restore(folder / "meta"))
   checksum = stored.pop("checksum")
   meta = Meta(**stored)
+  # JSON knows no tuples.
+  meta = dataclasses.replace(
+    meta,
+    evaluations=tuple(map(tuple, meta.evaluations)),
+    contenders=tuple(meta.contenders),
+  )
   if meta.step != step:
     raise ValueError(f"its meta data are of step {meta.step}")
   return meta, checksum

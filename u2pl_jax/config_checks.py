@@ -1,16 +1,20 @@
 """Refuses configs that cannot work, before anything is read or compiled."""
 
+import itertools
+import math
+
 import ml_collections
 
 from input_pipeline import ConfigError
 from input_pipeline.dataset_config import check_labels
-from u2pl_jax.evaluation import PROTOCOLS
+from u2pl_jax.evaluation import PROTOCOLS, Protocol
 from u2pl_jax.models.deeplab import HEADS
 from u2pl_jax.models.resnet import BACKBONES
 from u2pl_jax.strong_augmentation import MIXES
 from u2pl_jax.train_step import QUIRKS
 
 METHODS = ("u2pl", "supervised")
+SCHEDULES = ("poly", "cosine", "multistep", "plateau")
 
 
 def parse_quirks(text: str) -> frozenset[str]:
@@ -55,6 +59,55 @@ def splits_bank(config: ml_collections.ConfigDict) -> bool:
   return config.method == "u2pl" and config.sharding.memory_bank == "classes"
 
 
+def eval_protocol(
+  config: ml_collections.ConfigDict,
+  *,
+  scales: tuple[float, ...] = (1.0,),
+  flip: bool = False,
+) -> Protocol:
+  """The protocol that config.eval describes.
+
+  Args:
+    config: complete.
+    scales, flip: see `Protocol`; training looks at native sizes alone.
+
+  Raises:
+    ConfigError: a value, or the combination with config.quirks, cannot work.
+  """
+  evaluation = config.eval
+  name = evaluation.protocol
+  _choice("eval.protocol", name, PROTOCOLS)
+  _require(
+    name != "center_crop"
+    or "padded_center_crop" in parse_quirks(config.quirks),
+    "config.eval.protocol='center_crop' counts padding as class 0: add"
+    " padded_center_crop to config.quirks, or choose 'padded'",
+  )
+  size = stride = None
+  if name in ("padded", "center_crop"):
+    size = _positive_size("eval.pad_to", evaluation.pad_to)
+  if name == "sliding_window":
+    size = _positive_size("eval.window", evaluation.window)
+    share = evaluation.stride
+    _require(
+      0 < share <= 1,
+      f"config.eval.stride={share}: a share of the window, above 0 and at most"
+      " 1",
+    )
+    # Rounded up, as published.
+    stride = tuple(math.ceil(length * share) for length in size)
+  return Protocol(name, size, stride, scales, flip)
+
+
+def _positive_size(key: str, value) -> tuple[int, int]:
+  size = tuple(value)
+  _require(
+    len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size),
+    f"config.{key}={size}: needs height and width in pixels",
+  )
+  return size
+
+
 def _require(condition: bool, message: str) -> None:
   if not condition:
     raise ConfigError(message)
@@ -74,6 +127,35 @@ def _in_range(key: str, value: float, low: float, high: float) -> None:
   )
 
 
+def _check_schedule(optimizer: ml_collections.ConfigDict) -> None:
+  _choice("optimizer.schedule", optimizer.schedule, SCHEDULES)
+  _require(
+    0 < optimizer.decay_factor < 1,
+    f"config.optimizer.decay_factor={optimizer.decay_factor}: must lie between"
+    " 0 and 1, both excluded",
+  )
+  # With 0 before and 1 behind, they must rise.
+  milestones = tuple(optimizer.milestones)
+  bounded = (0, *milestones, 1)
+  _require(
+    all(a < b for a, b in itertools.pairwise(bounded)),
+    f"config.optimizer.milestones={milestones}: needs rising shares of the"
+    " training between 0 and 1, both excluded",
+  )
+  plateau = optimizer.plateau
+  _require(
+    plateau.patience >= 1,
+    f"config.optimizer.plateau.patience={plateau.patience}: must be at least 1",
+  )
+  _require(
+    plateau.reductions >= 0,
+    f"config.optimizer.plateau.reductions={plateau.reductions}: must not be"
+    " negative",
+  )
+  # A threshold in percent would never see an improvement.
+  _in_range("optimizer.plateau.threshold", plateau.threshold, 0, 0.5)
+
+
 def check_config(
   config: ml_collections.ConfigDict, *, num_classes: int, num_devices: int
 ) -> None:
@@ -88,7 +170,7 @@ def check_config(
     ConfigError: the first thing that is wrong.
   """
   check_labels(config.dataset, num_classes=num_classes)
-  quirks = parse_quirks(config.quirks)
+  parse_quirks(config.quirks)
   _choice("method", config.method, METHODS)
   _choice("model.backbone", config.model.backbone, BACKBONES)
   _choice("model.head", config.model.head, HEADS)
@@ -105,7 +187,6 @@ def check_config(
     ("replicated", "classes"),
   )
   _choice("reliability.decay", config.reliability.decay, ("epoch", "step"))
-  _choice("eval.protocol", config.eval.protocol, PROTOCOLS)
   _require(
     config.model.output_stride in (8, 16),
     f"config.model.output_stride={config.model.output_stride}: choose 8 or 16",
@@ -114,11 +195,7 @@ def check_config(
     len(config.model.aspp_rates) == 3,
     f"config.model.aspp_rates={tuple(config.model.aspp_rates)}: needs three",
   )
-  _require(
-    config.eval.protocol != "center_crop" or "padded_center_crop" in quirks,
-    "config.eval.protocol='center_crop' counts padding as class 0: add"
-    " padded_center_crop to config.quirks, or choose 'padded'",
-  )
+  eval_protocol(config)
 
   _require(config.seed >= 0, f"config.seed={config.seed}: must be 0 or more")
   for half in ("labelled", "unlabelled"):
@@ -179,6 +256,7 @@ def check_config(
   for key in ("learning_rate", "head_multiplier"):
     value = config.optimizer[key]
     _require(value > 0, f"config.optimizer.{key}={value}: must be positive")
+  _check_schedule(config.optimizer)
   _require(
     config.optimizer.weight_decay >= 0,
     f"config.optimizer.weight_decay={config.optimizer.weight_decay}:"
@@ -208,6 +286,7 @@ def check_config(
     ("eval.oracle_images", config.eval.oracle_images),
     ("input.num_workers", config.input.num_workers),
     ("log.report_images", config.log.report_images),
+    ("log.images_every_epochs", config.log.images_every_epochs),
   ):
     _require(value >= 0, f"config.{key}={value}: must not be negative")
 

@@ -15,8 +15,11 @@ from input_pipeline import (
   check_splits,
   make_eval_stream,
   make_train_stream,
+  read_split,
 )
-from input_pipeline.dataset_config import list_path, read_lists
+from input_pipeline.dataset_config import list_path, open_source, read_lists
+from u2pl_jax.config_checks import eval_protocol
+from u2pl_jax.evaluation import Protocol
 from u2pl_jax.train_step import Recipe
 
 logger = logging.getLogger(__name__)
@@ -72,6 +75,40 @@ def load_data(config: ml_collections.ConfigDict, info: DatasetInfo) -> Data:
     if part:
       open_eval_stream(config, data, part).close()
   return data
+
+
+def load_eval_data(
+  config: ml_collections.ConfigDict,
+  info: DatasetInfo,
+  *,
+  split: str = "validation",
+  list_file: str | None = None,
+) -> Data:
+  """The images of one list, as `validation`; reads no other list.
+
+  Args:
+    config: complete.
+    info: of its data set.
+    split: 'validation' or 'labelled'.
+    list_file: path of a list in place of the split's.
+
+  Returns:
+    `Data` without images to train on.
+
+  Raises:
+    DataError: the list, an image or a mask is missing.
+  """
+  ids = read_split(list_file or list_path(config.dataset, split))
+  source = open_source(config.dataset)
+  source.check(ids, masks=True)
+  return Data(
+    info=info,
+    source=source,
+    labelled=(),
+    unlabelled=(),
+    validation=ids,
+    oracle=(),
+  )
 
 
 def _oracle_ids(
@@ -132,16 +169,33 @@ def open_train_stream(
 
 
 def open_eval_stream(
-  config: ml_collections.ConfigDict, data: Data, ids: tuple[str, ...]
+  config: ml_collections.ConfigDict,
+  data: Data,
+  ids: tuple[str, ...],
+  *,
+  protocol: Protocol | None = None,
+  batch_size: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Whole images with labels, in the form of the config's protocol."""
-  protocol = config.eval.protocol
+  """Whole images with labels, in the form of a protocol.
+
+  Args:
+    config, data: of the run.
+    ids: the images.
+    protocol, batch_size: None takes those of the config.
+  """
+  protocol = eval_protocol(config) if protocol is None else protocol
+  is_padded = protocol.name in ("padded", "center_crop")
+  is_windows = protocol.name == "sliding_window"
   return make_eval_stream(
     data.source,
     ids,
-    batch_size=config.eval.batch,
-    pad_to=None if protocol == "whole" else tuple(config.eval.pad_to),
-    center_crop=protocol == "center_crop",
+    batch_size=batch_size or config.eval.batch,
+    pad_to=protocol.size if is_padded else None,
+    center_crop=protocol.name == "center_crop",
+    window=protocol.size if is_windows else None,
+    stride=protocol.stride if is_windows else None,
+    # The only one with many sizes: fillers would be most of the work.
+    row_multiple=jax.device_count() if protocol.name == "whole" else None,
     num_classes=data.info.num_classes,
     ignore_label=config.dataset.ignore_label,
     mask_format=data.info.mask_format(config.dataset.mask_format),

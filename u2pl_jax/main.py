@@ -30,12 +30,19 @@ def main(_: list[str]) -> None:
   from u2pl_jax import train
   from u2pl_jax.checkpoint import CheckpointError
   from u2pl_jax.config_checks import ConfigError
+  from u2pl_jax.run_log import RunError
 
   workdir = _WORKDIR.value or os.path.join("runs", CONFIG.value.name)
   diverged = train.TrainingDivergedError
   try:
     train.train_and_evaluate(CONFIG.value, workdir)
-  except (DataError, ConfigError, CheckpointError, diverged) as error:
+  except (
+    DataError,
+    ConfigError,
+    CheckpointError,
+    RunError,
+    diverged,
+  ) as error:
     fail(str(error))
   except KeyboardInterrupt as interrupt:
     fail(str(interrupt) or "interrupted", code=130)

@@ -1,31 +1,6 @@
-"""Confusion matrices and what is read off them."""
+"""What is read off counts of pixels: NumPy alone, no backend."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-
-Array = jax.Array
-
-
-def confusion_matrix(
-  labels: Array, predictions: Array, *, num_classes: int, ignore_label: int
-) -> Array:
-  """Counts pixels by (true class, predicted class), on the device.
-
-  Args:
-    labels: int, any shape.
-    predictions: int in [0, num_classes), same shape.
-    num_classes: k.
-    ignore_label: pixels that do not count.
-
-  Returns:
-    [k, k] int32: rows are truth. One batch stays below 2**31 pixels; sums over
-    batches belong in int64 on the host.
-  """
-  valid = labels != ignore_label
-  cell = jnp.where(valid, labels * num_classes + predictions, num_classes**2)
-  counts = jnp.bincount(cell.ravel(), length=num_classes**2 + 1)
-  return counts[:-1].reshape(num_classes, num_classes).astype(jnp.int32)
 
 
 def iou(confusion: np.ndarray) -> np.ndarray:
@@ -52,6 +27,39 @@ def pixel_accuracy(confusion: np.ndarray) -> float:
   """Share of counted pixels that are right; NaN without any."""
   total = confusion.sum()
   return float(np.trace(confusion) / total) if total else float("nan")
+
+
+def mean_accuracy(confusion: np.ndarray) -> float:
+  """Mean over the classes of the truth of the share found; NaN if none."""
+  truth = confusion.sum(1)
+  present = truth > 0
+  if not present.any():
+    return float("nan")
+  return float((np.diag(confusion)[present] / truth[present]).mean())
+
+
+def frequency_weighted_iou(confusion: np.ndarray) -> float:
+  """IoU of each class, weighted by its share of the truth; NaN if no pixel."""
+  truth = confusion.sum(1)
+  present = truth > 0
+  if not present.any():
+    return float("nan")
+  return float((truth[present] * iou(confusion)[present]).sum() / truth.sum())
+
+
+def expected_calibration_error(calibration: np.ndarray) -> float:
+  """Mean distance of confidence and accuracy, weighted by pixels.
+
+  Args:
+    calibration: [bins, 3]: pixels, sum of their confidence, pixels right.
+
+  Returns:
+    In [0, 1]; NaN without any pixel.
+  """
+  pixels, confidence, right = np.asarray(calibration, np.float64).T
+  if not pixels.sum():
+    return float("nan")
+  return float(np.abs(confidence - right).sum() / pixels.sum())
 
 
 def adjusted_rand_index(confusion: np.ndarray) -> float:

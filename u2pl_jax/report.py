@@ -1,23 +1,27 @@
-"""The page of a run: curves, class table and overlays, from its workdir.
+"""The page of a run: numbers, curves and pictures, from its workdir.
 
   python -m u2pl_jax.report WORKDIR
   python -m u2pl_jax.report WORKDIR WORKDIR ... --output FOLDER
+  python -m u2pl_jax.report --advice WORKDIR [WORKDIR ...]
 
-The first command draws a run's page again from metrics.jsonl and config.json,
-the second also compares runs on one page. Nothing here needs jax or a network,
-and the pages are plain HTML and PNG without script: they open from a file.
+The first command draws a run's page again from what the run left behind, and
+the tables and pictures of run_stats.py. The second also compares runs on one
+page. The third draws nothing: it prints what stands out in the metrics and what
+to change, compared with the first supervised run among the workdirs. Nothing
+here needs jax or a network, and the pages open from a file: plotly lies beside
+them.
 """
 
 import argparse
 import dataclasses
-import html
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
 import platform
-import re
 import shlex
+import statistics
 import sys
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -25,180 +29,13 @@ from typing import Any
 
 import numpy as np
 
-from u2pl_jax.report_plots import (
-  PLOT_DPI,
-  PLOT_WIDTH,
-  Plot,
-  comparison_plot,
-  run_plots,
-  save_overlay,
-  warmup_end,
-)
+from input_pipeline import storage
+from u2pl_jax import report_figures, report_page
+from u2pl_jax.advice import advice_text, findings
+from u2pl_jax.report_images import Pictures, draw_pictures
+from u2pl_jax.report_page import escape, percent
 from u2pl_jax.run_log import Run, RunError, read_run
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-  """One validation image and what the network made of it.
-
-  Attributes:
-    id: of the image; also names its picture.
-    image: [h, w, 3] uint8 RGB.
-    truth: [h, w] uint8, the ignore label where there is none.
-    prediction: [h, w] int class ids.
-    entropy: [h, w] float, of the prediction, in nats.
-  """
-
-  id: str
-  image: np.ndarray
-  truth: np.ndarray
-  prediction: np.ndarray
-  entropy: np.ndarray
-
-
-def _check_sample(sample: Sample) -> None:
-  size = np.shape(sample.image)[:2]
-  for name in ("truth", "prediction", "entropy"):
-    shape = np.shape(getattr(sample, name))
-    if shape != size:
-      raise RunError(
-        f"sample {sample.id!r}: image of size {size} but {name} of {shape}"
-      )
-
-
-def _file_stem(sample_id: str, taken: set[str]) -> str:
-  """A file name for an id that may hold slashes; different for every id."""
-  stem = base = re.sub(r"[^\w.-]+", "_", sample_id).strip(".") or "image"
-  number = 1
-  while stem.lower() in taken:
-    number += 1
-    stem = f"{base}-{number}"
-  taken.add(stem.lower())
-  return stem
-
-
-def _draw_samples(
-  folder: pathlib.Path,
-  samples: Sequence[Sample],
-  palette: np.ndarray,
-  ignore_label: int,
-) -> list[dict[str, Any]]:
-  """Writes overlays/*.png; returns what the page says of each."""
-  overlays = folder / "overlays"
-  overlays.mkdir(parents=True, exist_ok=True)
-  for old in overlays.glob("*.png"):
-    old.unlink()
-  taken: set[str] = set()
-  entries = []
-  for sample in samples:
-    _check_sample(sample)
-    file = f"overlays/{_file_stem(sample.id, taken)}.png"
-    save_overlay(
-      folder / file,
-      image=sample.image,
-      truth=sample.truth,
-      prediction=sample.prediction,
-      entropy=sample.entropy,
-      palette=palette,
-    )
-    valid = sample.truth != ignore_label
-    right = (sample.prediction == sample.truth)[valid]
-    entries.append(
-      {
-        "id": sample.id,
-        "file": file,
-        "accuracy": float(right.mean()) if right.size else None,
-        "mean_entropy": float(np.mean(sample.entropy)),
-      }
-    )
-  return entries
-
-
-# -- The page ------------------------------------------------------------------
-
-_CSS = """
-:root {
-  color-scheme: light dark;
-  --page: #f3f4f6; --card: #ffffff; --ink: #1f2328; --muted: #5c6570;
-  --line: #dfe3e8; --accent: #1667c7; --warn: #fff4d6;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #111418; --card: #1b1f24; --ink: #e4e7eb; --muted: #98a2ae;
-    --line: #343a42; --accent: #6fb1ff; --warn: #3a3118;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: 1.25rem 1rem 3rem; max-width: 76rem;
-  background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif;
-}
-h1 { margin: 0; font-size: 1.6rem; overflow-wrap: anywhere; }
-h2 { margin: 2.25rem 0 .75rem; font-size: 1.2rem; }
-h3 { margin: 0 0 .5rem; font-size: 1rem; }
-p { margin: .25rem 0; }
-h2 + p { margin: -.25rem 0 .75rem; }
-a { color: var(--accent); }
-.muted, figcaption, dt { color: var(--muted); }
-figcaption, .small { font-size: .875rem; }
-.card {
-  background: var(--card); border: 1px solid var(--line);
-  border-radius: .5rem; padding: .875rem 1rem; margin: 0; min-width: 0;
-}
-.notice { background: var(--warn); margin: 1rem 0; }
-.tiles { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.25rem 0; }
-.tiles .card { flex: 1 1 9rem; }
-.tiles strong { display: block; font-size: 1.75rem; line-height: 1.2; }
-.grid {
-  display: grid; gap: .75rem; align-items: start;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr));
-}
-.grid img, .wide img { display: block; width: 100%; height: auto; }
-.wide { max-width: 34rem; margin-top: 1.25rem; }
-dl {
-  display: grid; grid-template-columns: max-content 1fr;
-  gap: .25rem 1rem;
-}
-dl.card { margin-top: 1.25rem; }
-dd { margin: 0; overflow-wrap: anywhere; }
-pre, .scroll { overflow-x: auto; }
-pre {
-  margin: .5rem 0; padding: .625rem .75rem; font-size: .875rem;
-  background: var(--page); border-radius: .375rem;
-}
-.overlay { margin-bottom: .75rem; }
-.overlay img { display: block; min-width: 34rem; max-width: 100%; }
-table { border-collapse: collapse; width: 100%; }
-caption { text-align: left; color: var(--muted); font-size: .875rem; }
-th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; }
-th { font-weight: 600; }
-th:first-child { text-align: left; }
-tbody tr, tfoot tr { border-top: 1px solid var(--line); }
-tbody th { font-weight: 400; }
-td { font-variant-numeric: tabular-nums; }
-td.bar { width: 50%; min-width: 6rem; }
-td.bar span {
-  display: block; height: .75rem; border-radius: 0 .2rem .2rem 0;
-  background: var(--accent); min-width: 1px;
-}
-.swatch {
-  display: inline-block; width: .875rem; height: .875rem; margin-right: .5rem;
-  border: 1px solid var(--muted); border-radius: .2rem;
-  vertical-align: -.1rem; forced-color-adjust: none;
-}
-.ignored {
-  background: repeating-linear-gradient(-45deg, #000 0 2px, #fff 2px 4px);
-}
-.legend { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin: .5rem 0; }
-summary { cursor: pointer; }
-@media (max-width: 30rem) {
-  dl { grid-template-columns: 1fr; gap: 0; }
-  dd { margin-bottom: .5rem; }
-  table { font-size: .875rem; }
-  td.bar { width: auto; min-width: 3rem; }
-}
-"""
+from u2pl_jax.run_stats import write_stats
 
 _METHODS = {
   "u2pl": "U2PL, semi-supervised",
@@ -208,73 +45,13 @@ _PROTOCOLS = {
   "padded": "whole images in one padded shape, padding not counted",
   "whole": "whole images at their own size",
   "center_crop": "centre crops, padding counted as class 0 (published code)",
+  "sliding_window": "overlapping windows, averaged (published code)",
 }
+# Keys of the config that make no other experiment of two runs.
+_NOT_THE_EXPERIMENT = ("seed", "log", "checkpoint")
 
 
-def _escape(value: Any) -> str:
-  return html.escape(str(value), quote=True)
-
-
-def _percent(value: float | None) -> str:
-  return "–" if value is None else f"{100 * value:.2f}"
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-  """Replaces the file at once: a reader never meets half a page."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(text, encoding="utf-8")
-  temporary.replace(path)
-
-
-def _page(title: str, body: Sequence[str]) -> str:
-  return "\n".join(
-    [
-      "<!doctype html>",
-      '<html lang="en">',
-      "<head>",
-      '<meta charset="utf-8">',
-      '<meta name="viewport" content="width=device-width, initial-scale=1">',
-      '<link rel="icon" href="data:,">',
-      f"<title>{_escape(title)}</title>",
-      f"<style>{_CSS}</style>",
-      "</head>",
-      "<body>",
-      *body,
-      "</body>",
-      "</html>",
-      "",
-    ]
-  )
-
-
-def _figure_html(plot: Plot) -> str:
-  caption = f"<figcaption>{_escape(plot.caption)}</figcaption>"
-  return (
-    f'<figure class="card"><h3>{_escape(plot.title)}</h3><picture>'
-    f'<source srcset="{plot.stem}-dark.png"'
-    ' media="(prefers-color-scheme: dark)">'
-    f'<img src="{plot.stem}.png" alt="{_escape(plot.alt)}"'
-    f' width="{round(PLOT_DPI * PLOT_WIDTH)}"'
-    f' height="{round(PLOT_DPI * plot.height)}"></picture>'
-    f"{caption if plot.caption else ''}</figure>"
-  )
-
-
-def _facts_html(facts: Sequence[tuple[str, Any]]) -> str:
-  rows = "".join(
-    f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>"
-    for name, value in facts
-    if value not in (None, "")
-  )
-  return f'<dl class="card">{rows}</dl>' if rows else ""
-
-
-def _tile_html(label: str, value: str, note: str = "") -> str:
-  return (
-    f'<div class="card"><span class="muted">{_escape(label)}</span>'
-    f"<strong>{_escape(value)}</strong>"
-    f'<span class="small">{_escape(note)}</span></div>'
-  )
+# -- Words ---------------------------------------------------------------------
 
 
 def _method_text(run: Run) -> str:
@@ -289,7 +66,8 @@ def _protocol_text(run: Run) -> str:
   if not name:
     return ""
   text = f"{name}: {_PROTOCOLS.get(str(name), 'see configs/common.py')}"
-  size = run.setting("eval.pad_to")
+  is_sliding = name == "sliding_window"
+  size = run.setting("eval.window" if is_sliding else "eval.pad_to")
   if name != "whole" and isinstance(size, list | tuple):
     text += f", {' x '.join(map(str, size))}"
   images = run.setting("dataset.validation_list")
@@ -300,160 +78,255 @@ def _last_step(run: Run) -> int | None:
   return int(run.rows[-1]["step"]) if run.rows else None
 
 
-def _swatch(palette: Sequence[Sequence[int]], index: int) -> str:
-  if index >= len(palette):
-    return ""
-  red, green, blue = palette[index]
-  return (
-    '<span class="swatch" style="background:'
-    f'rgb({int(red)},{int(green)},{int(blue)})"></span>'
-  )
+def _hours(run: Run) -> float | None:
+  """Hours of training; the clock starts anew whenever a run goes on."""
+  _, seconds = run.series("time/seconds")
+  if not seconds.size:
+    return None
+  # A fall is a new start, which begins at 0.
+  ends = np.append(seconds[:-1] > seconds[1:], True)
+  return float(seconds[ends].sum() / 3600)
 
 
-def _iou_table(run: Run, palette: Sequence[Sequence[int]]) -> str:
+def _hours_text(hours: float) -> str:
+  return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+
+
+def _interval(run: Run) -> tuple[float, float] | None:
+  """Of the best mIoU, if its images were counted."""
+  interval = run.evaluation.get("interval") or {}
+  best = run.best_evaluation
+  if best is None or run.evaluation.get("step") != best[0]:
+    return None
+  low, high = interval.get("low"), interval.get("high")
+  return None if low is None or high is None else (low, high)
+
+
+# -- The page of a run ---------------------------------------------------------
+
+
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+  found = []
+  best = run.best_evaluation
+  if best is not None:
+    interval = _interval(run)
+    note = f"step {best[0]:,}"
+    if interval is not None:
+      low, high = (100 * value for value in interval)
+      note = f"95 %: {low:.1f} to {high:.1f}; {note}"
+    found.append(("best mIoU", f"{percent(best[1])} %", note))
+    steps, values = run.series("eval/miou")
+    found.append(
+      ("last mIoU", f"{percent(values[-1])} %", f"step {steps[-1]:,}")
+    )
+    accuracy = run.value_at("eval/pixel_accuracy", best[0])
+    if accuracy is not None:
+      found.append(("pixel accuracy", f"{percent(accuracy)} %", "at the best"))
+  ece = run.evaluation.get("ece")
+  if ece is not None:
+    found.append(("calibration error", f"{percent(ece)} %", "at the best"))
+  if (step := _last_step(run)) is not None:
+    found.append(("steps", f"{step:,}", "last logged"))
+  if (hours := _hours(run)) is not None:
+    found.append(("time", _hours_text(hours), "evaluation included"))
+  speeds = run.series("time/images_per_second")[1]
+  if speeds.size:
+    found.append(("images / s", f"{np.median(speeds):.4g}", "median"))
+  return found
+
+
+def _run_facts(run: Run) -> list[tuple[str, Any]]:
+  extra = run.extra
+  versions = extra.get("versions") or {}
+  hashed = run.evaluation.get("protocol_hash")
+  return [
+    ("protocol", _protocol_text(run)),
+    ("protocol hash", hashed),
+    (
+      "data set",
+      run.dataset.get("name")
+      or extra.get("dataset")
+      or run.setting("dataset.name"),
+    ),
+    ("labelled images", run.setting("dataset.labelled_list")),
+    ("backbone", run.setting("model.backbone")),
+    ("epochs", run.setting("schedule.epochs")),
+    ("seed", run.setting("seed")),
+    ("devices", extra.get("devices")),
+    ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
+  ]
+
+
+def _iou_table(run: Run) -> str:
   """Classes with their colours and, once evaluated, their IoU as bars."""
-  names = run.class_names
+  names, palette = run.class_names, run.palette
   steps = run.series("eval/miou")[0]
   if not names:
     return ""
   if not steps.size:
-    items = "".join(
-      f"<span>{_swatch(palette, i)}{_escape(name)}</span>"
-      for i, name in enumerate(names)
-    )
-    return f'<div class="card legend">{items}</div>'
-  final, best = int(steps[-1]), run.best("eval/miou")[0]
+    legend = report_page.class_legend(names, palette)
+    return f'<div class="card">{legend}</div>'
+  last, best = int(steps[-1]), run.best_evaluation[0]
   rows = []
   for i, name in enumerate(names):
     key = f"eval/iou/{name}"
-    at_end, at_best = run.value_at(key, final), run.value_at(key, best)
-    width = 0 if at_end is None else 100 * min(1.0, max(0.0, at_end))
-    bar = f'<span style="width:{width:.1f}%"></span>'
+    at_best, at_last = run.value_at(key, best), run.value_at(key, last)
     rows.append(
-      f'<tr><th scope="row">{_swatch(palette, i)}{_escape(name)}</th>'
-      f'<td class="bar" aria-hidden="true">{bar}</td>'
-      f"<td>{_percent(at_end)}</td><td>{_percent(at_best)}</td></tr>"
+      (
+        report_page.swatch(palette, i) + escape(name),
+        report_page.bar_cell(at_best),
+        percent(at_best),
+        percent(at_last),
+      )
     )
+  return report_page.table(
+    ("class", "", f"best<br>step {best:,}", f"last<br>step {last:,}"),
+    rows,
+    foot=[
+      (
+        "mIoU",
+        "",
+        percent(run.value_at("eval/miou", best)),
+        percent(run.value_at("eval/miou", last)),
+      )
+    ],
+    caption="IoU in percent. Bars: best evaluation.",
+    label="IoU of each class",
+  )
+
+
+def _classes(run: Run) -> list[str]:
+  figures = []
+  if run.evaluation.get("confusion"):
+    figures = [
+      report_figures.calibration_figure(run.evaluation),
+      report_figures.confusion_figure(run.evaluation),
+    ]
+  figures = [figure for figure in figures if figure is not None]
+  return [
+    f'<div class="grid">{_iou_table(run)}'
+    f"{''.join(map(report_page.figure, figures))}</div>"
+    if run.class_names
+    else ""
+  ]
+
+
+def _method_note(run: Run, pictures: Mapping[str, Any]) -> str:
+  if not pictures.get("method"):
+    return ""
   return (
-    '<div class="card scroll" tabindex="0" role="region"'
-    ' aria-label="IoU of each class"><table>'
-    f"<caption>IoU in percent. Bars: last evaluation.</caption>"
-    '<thead><tr><th scope="col">class</th><td></td>'
-    f'<th scope="col">last<br>step {final:,}</th>'
-    f'<th scope="col">best<br>step {best:,}</th></tr></thead>'
-    f"<tbody>{''.join(rows)}</tbody>"
-    '<tfoot><tr><th scope="row">mIoU</th><td></td>'
-    f"<td>{_percent(run.value_at('eval/miou', final))}</td>"
-    f"<td>{_percent(run.value_at('eval/miou', best))}</td></tr></tfoot>"
-    "</table></div>"
+    f"Pictures: the {pictures['network']} after step {pictures['step']:,}, on"
+    " clean images with running statistics, and thresholds over these images;"
+    " in training it judges mixed crops with the statistics of the batch. An"
+    " unreliable pixel is a negative of the classes that it ranks"
+    f" {pictures['low_rank']} to {pictures['high_rank'] - 1}, counted from 0"
+    " for the most probable one."
   )
 
 
-def _samples_html(
-  entries: Sequence[Mapping[str, Any]],
-  names: Sequence[str],
-  palette: Sequence[Sequence[int]],
-) -> list[str]:
-  if not entries:
-    return []
-  legend = "".join(
-    f"<span>{_swatch(palette, i)}{_escape(name)}</span>"
-    for i, name in enumerate(names)
+def _images_note(pictures: Mapping[str, Any]) -> str:
+  samples = pictures.get("samples")
+  if not samples:
+    return ""
+  chosen = (
+    "The first validation images"
+    if samples[0]["group"] == "first"
+    else "Best, median and worst validation images by the mIoU of the image"
   )
-  legend += '<span><span class="swatch ignored"></span>ignored</span>'
-  parts = ["<h2>Images</h2>", f'<div class="legend">{legend}</div>']
-  for entry in entries:
-    accuracy = entry.get("accuracy")
-    said = (
-      "no labelled pixel"
-      if accuracy is None
-      else f"{100 * accuracy:.1f} % of the labelled pixels right"
-    )
-    said += f", mean entropy {entry['mean_entropy']:.2f} nats"
-    alt = (
-      f"{entry['id']}: image, truth, prediction and entropy side by side;"
-      f" {said}"
-    )
-    parts.append(
-      f'<figure class="card overlay"><div class="scroll" tabindex="0"'
-      f' role="region" aria-label="{_escape(entry["id"])}">'
-      f'<img src="{_escape(urllib.parse.quote(entry["file"]))}"'
-      f' alt="{_escape(alt)}" loading="lazy"></div>'
-      f"<figcaption>{_escape(entry['id'])}: {_escape(said)}</figcaption>"
-      "</figure>"
-    )
-  return parts
+  return f"{chosen}; the {pictures['network']} after step {pictures['step']:,}."
 
 
-def _report_html(
-  run: Run, plots: Sequence[Plot], extra: Mapping[str, Any]
-) -> str:
-  names, palette = run.class_names, extra.get("palette") or []
-  best, final = run.best("eval/miou"), run.last("eval/miou")
-  body = ["<header>", f"<h1>{_escape(run.name)}</h1>"]
-  body.append(f'<p class="muted">{_escape(_method_text(run))}</p></header>')
-  body.append("<main>")
+def _run_page(run: Run) -> str:
+  extra = run.extra
+  pictures = extra.get("pictures") or {}
+  names, palette = run.class_names, run.palette
+  config = json.dumps(run.config, indent=2, ensure_ascii=False)
+  sections = [
+    ("advice", "Advice", [report_page.advice(findings(run))], ""),
+    (
+      "curves",
+      "Curves",
+      [report_page.figures(report_figures.curve_figures(run))],
+      _curves_note(run),
+    ),
+    ("classes", "Classes", _classes(run), ""),
+    (
+      "method",
+      "The method at work",
+      [
+        report_page.method_pictures(pictures, names, palette),
+        report_page.figures(
+          report_figures.method_figures(run, extra.get("labelled_pixels") or [])
+        ),
+      ],
+      _method_note(run, pictures),
+    ),
+    (
+      "images",
+      "Images",
+      [
+        report_page.validation_pictures(
+          pictures.get("samples") or [], names, palette
+        )
+      ],
+      _images_note(pictures),
+    ),
+    (
+      "config",
+      "Config",
+      [report_page.details("All keys", report_page.code(config))]
+      if run.config
+      else [],
+      "",
+    ),
+  ]
+  sections = [entry for entry in sections if any(entry[2])]
+  body = [
+    "<header>",
+    f"<h1>{escape(run.name)}</h1>",
+    f'<p class="muted">{escape(_method_text(run))}</p>',
+    report_page.navigation([entry[:2] for entry in sections]),
+    "</header>",
+    "<main>",
+    report_page.no_script_notice(),
+  ]
   if not run.rows:
     body.append(
-      '<p class="card notice">metrics.jsonl holds no step yet: the run has'
-      " logged nothing so far.</p>"
+      report_page.notice(
+        "metrics.jsonl holds no step yet: the run has logged nothing so far."
+      )
     )
   if run.skipped_lines:
     body.append(
-      f'<p class="card notice">{run.skipped_lines} line(s) of metrics.jsonl'
-      " could not be read and are left out.</p>"
+      report_page.notice(
+        f"{run.skipped_lines} line(s) of metrics.jsonl could not be read and"
+        " are left out."
+      )
     )
-  tiles = []
-  if best is not None:
-    last_step = int(run.series("eval/miou")[0][-1])
-    tiles += [
-      _tile_html("mIoU, last", f"{_percent(final)} %", f"step {last_step:,}"),
-      _tile_html("mIoU, best", f"{_percent(best[1])} %", f"step {best[0]:,}"),
-    ]
-  accuracy = run.last("eval/pixel_accuracy")
-  if accuracy is not None:
-    tiles.append(
-      _tile_html("pixel accuracy", f"{_percent(accuracy)} %", "last evaluation")
-    )
-  if _last_step(run) is not None:
-    tiles.append(_tile_html("steps", f"{_last_step(run):,}", "last logged"))
-  if tiles:
-    body.append(f'<div class="tiles">{"".join(tiles)}</div>')
-  versions = extra.get("versions") or {}
-  body.append(
-    _facts_html(
-      [
-        ("protocol", _protocol_text(run)),
-        ("data set", extra.get("dataset") or run.setting("dataset.name")),
-        ("labelled images", run.setting("dataset.labelled_list")),
-        ("backbone", run.setting("model.backbone")),
-        ("epochs", run.setting("schedule.epochs")),
-        ("seed", run.setting("seed")),
-        ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
-      ]
-    )
-  )
+  body.append(report_page.tiles(_tiles(run)))
+  body.append(report_page.facts(_run_facts(run)))
   if extra.get("command"):
     body.append("<h2>To reproduce</h2>")
-    body.append(f'<pre tabindex="0">{_escape(extra["command"])}</pre>')
-  if plots:
-    body.append("<h2>Curves</h2>")
-    if warmup_end(run) is not None:
-      body.append('<p class="muted">Shaded: warm-up, from labels alone.</p>')
-    body.append(f'<div class="grid">{"".join(map(_figure_html, plots))}</div>')
-  if names:
-    body.append("<h2>Classes</h2>")
-    body.append(_iou_table(run, palette))
-  body += _samples_html(extra.get("samples") or [], names, palette)
-  if run.config:
-    text = json.dumps(run.config, indent=2, ensure_ascii=False)
-    body.append("<h2>Config</h2>")
-    body.append(
-      '<details class="card"><summary>All keys</summary>'
-      f'<pre tabindex="0">{_escape(text)}</pre></details>'
-    )
+    body.append(report_page.code(extra["command"]))
+  body += [
+    report_page.section(name, title, parts, note)
+    for name, title, parts, note in sections
+  ]
   body.append("</main>")
-  return _page(run.name, body)
+  return report_page.page(run.name, body)
+
+
+def _curves_note(run: Run) -> str:
+  words = []
+  if report_figures.warmup_end(run) is not None:
+    words.append("Shaded: warm-up, from labels alone.")
+  if run.best_evaluation is not None:
+    words.append("Dotted: the best evaluation.")
+  words.append(
+    "Thin: as logged; thick: running mean. Drag to zoom, double click to see"
+    " all; with the keyboard, arrow keys read the values."
+  )
+  return " ".join(words)
 
 
 def _running_command() -> str | None:
@@ -475,62 +348,105 @@ def _versions() -> dict[str, str]:
   return found
 
 
+def _write_plotly(folder: pathlib.Path) -> None:
+  """plotly.min.js beside the page, from the package that is installed."""
+  # Found, not imported: the package takes a second to load.
+  spec = importlib.util.find_spec("plotly")
+  if spec is None or spec.origin is None:
+    raise RunError(
+      "the figures need the package plotly, which is not installed: run"
+      " pip install -r requirements.txt"
+    )
+  package = pathlib.Path(spec.origin).parent
+  source = package / "package_data" / report_page.PLOTLY_FILE
+  target = folder / report_page.PLOTLY_FILE
+  if target.is_file() and target.stat().st_size == source.stat().st_size:
+    return
+  storage.write_whole(target, source.read_bytes())
+
+
 def _render(run: Run, extra: Mapping[str, Any]) -> pathlib.Path:
-  """Draws plots and page and remembers `extra` beside them."""
+  """Writes the page and remembers `extra` beside it."""
   run = dataclasses.replace(run, extra=extra)
   folder = run.report_page.parent
   folder.mkdir(parents=True, exist_ok=True)
-  for old in folder.glob("*.png"):
-    old.unlink()
-  plots = run_plots(run)
-  for plot in plots:
-    plot.save(folder)
-  text = json.dumps(extra, indent=2, ensure_ascii=False)
-  _write_text(folder / "report.json", text + "\n")
-  _write_text(run.report_page, _report_html(run, plots, extra))
+  _write_plotly(folder)
+  text = json.dumps(extra, indent=2, ensure_ascii=False) + "\n"
+  storage.write_whole(folder / "report.json", text.encode())
+  storage.write_whole(run.report_page, _run_page(run).encode())
   return run.report_page
 
 
 def write_report(
   workdir: str | os.PathLike,
-  samples: Sequence[Sample],
+  pictures: Pictures,
   info: Any,
   ignore_label: int,
+  *,
+  devices: str = "",
+  labelled_pixels: Sequence[int] = (),
 ) -> pathlib.Path:
-  """Writes workdir/report/: index.html, plots and overlays.
+  """Writes workdir/report/: the page, its pictures and plotly.
 
   To be called by the process that trained, whose command line and package
   versions the page shows; `refresh_report` is for later.
 
   Args:
     workdir: with metrics.jsonl and config.json.
-    samples: the images to show.
+    pictures: the images to show.
     info: `name`, `class_names` and `palette` of the data set, such as
       `input_pipeline.DatasetInfo`.
     ignore_label: value of `Sample.truth` where there is no label.
+    devices: what the run trains on, in words.
+    labelled_pixels: of each class in the labelled masks; () if not known.
 
   Returns:
     Path of the page.
 
   Raises:
     RunError: the folder is no workdir, or a sample's arrays differ in size.
+    OSError: a file cannot be written.
   """
   run = read_run(workdir)
-  palette = np.asarray(info.palette, np.int64).reshape(-1, 3)
-  folder = run.report_page.parent
+  palette = np.asarray(info.palette, np.uint8).reshape(-1, 3)
   extra = {
     "dataset": info.name,
     "class_names": list(info.class_names),
     "palette": palette.tolist(),
     "command": _running_command() or run.extra.get("command"),
+    "devices": devices or run.extra.get("devices"),
     "versions": _versions(),
-    "samples": _draw_samples(folder, samples, palette, ignore_label),
+    "labelled_pixels": list(labelled_pixels)
+    or run.extra.get("labelled_pixels"),
+    "pictures": draw_pictures(
+      run.report_page.parent, pictures, palette, ignore_label
+    ),
   }
   return _render(run, extra)
 
 
+def pictured_step(workdir: str | os.PathLike) -> int | None:
+  """Updates of the network that a report's pictures are of; None without any.
+
+  Raises:
+    RunError: the folder is no workdir, or a file in it is broken.
+  """
+  return (read_run(workdir).extra.get("pictures") or {}).get("step")
+
+
+def labelled_pixels(workdir: str | os.PathLike) -> list[int]:
+  """What an earlier `write_report` was told; [] if there was none.
+
+  Raises:
+    RunError: the folder is no workdir, or a file in it is broken.
+  """
+  return list(read_run(workdir).extra.get("labelled_pixels") or [])
+
+
 def refresh_report(workdir: str | os.PathLike) -> pathlib.Path:
   """Draws a run's page again, with the pictures that it already has.
+
+  Writes the tables and pictures of `run_stats` too, which take some seconds.
 
   Args:
     workdir: as of `write_report`.
@@ -540,16 +456,20 @@ def refresh_report(workdir: str | os.PathLike) -> pathlib.Path:
 
   Raises:
     RunError: the folder is no workdir, or a file in it is broken.
+    OSError: a file cannot be written.
   """
   run = read_run(workdir)
   extra = dict(run.extra)
   folder = run.report_page.parent
-  extra["samples"] = [
-    entry
-    for entry in extra.get("samples", [])
-    if (folder / entry["file"]).is_file()
-  ]
-  extra["class_names"] = run.class_names
+
+  def is_whole(entry: Mapping[str, Any]) -> bool:
+    return all((folder / file).is_file() for file in entry["files"].values())
+
+  if pictures := dict(extra.get("pictures") or {}):
+    for part in ("samples", "method"):
+      pictures[part] = list(filter(is_whole, pictures[part]))
+    extra["pictures"] = pictures
+  write_stats(run)
   return _render(run, extra)
 
 
@@ -557,77 +477,153 @@ def refresh_report(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 def run_labels(runs: Sequence[Run]) -> list[str]:
-  """One name a run; with the folder where two runs have the same name."""
+  """One name a run: with the seed, or the folder, where names are equal."""
   names = [run.name for run in runs]
-  return [
-    f"{run.name} ({run.workdir})" if names.count(run.name) > 1 else run.name
+  with_seed = [
+    f"{run.name}, seed {run.setting('seed')}"
+    if names.count(run.name) > 1
+    else run.name
     for run in runs
   ]
+  return [
+    f"{run.name} ({run.workdir})" if with_seed.count(label) > 1 else label
+    for run, label in zip(runs, with_seed, strict=True)
+  ]
 
 
-def _comparison_tables(
+def group_runs(runs: Sequence[Run]) -> list[int]:
+  """Number of the group of each run; runs of a group differ in seed only."""
+  found: dict[str, int] = {}
+  groups = []
+  for run in runs:
+    config = {
+      key: value
+      for key, value in run.config.items()
+      if key not in _NOT_THE_EXPERIMENT
+    }
+    # A run without config is like no other.
+    text = json.dumps(config, sort_keys=True) if config else str(run.workdir)
+    groups.append(found.setdefault(text, len(found)))
+  return groups
+
+
+def _spread_text(values: Sequence[float | None]) -> str:
+  """Mean and sample standard deviation, in percent."""
+  known = [100 * value for value in values if value is not None]
+  if not known:
+    return "–"
+  if len(known) == 1:
+    return f"{known[0]:.2f}"
+  return f"{statistics.mean(known):.2f} ± {statistics.stdev(known):.2f}"
+
+
+def _best_value(run: Run) -> float | None:
+  best = run.best_evaluation
+  return None if best is None else best[1]
+
+
+def _groups_table(
+  runs: Sequence[Run], labels: Sequence[str], groups: Sequence[int]
+) -> str:
+  """One line a group, with means over its seeds; empty without any group."""
+  if len(set(groups)) == len(runs):
+    return ""
+  rows = []
+  for group in sorted(set(groups)):
+    members = [r for r, g in zip(runs, groups, strict=True) if g == group]
+    seeds = ", ".join(str(run.setting("seed")) for run in members)
+    only = labels[groups.index(group)]
+    rows.append(
+      (
+        escape(members[0].name if len(members) > 1 else only),
+        escape(_or_dash(members[0].setting("method"))),
+        escape(seeds),
+        _spread_text([run.last("eval/miou") for run in members]),
+        _spread_text([_best_value(run) for run in members]),
+        _spread_text([run.last("eval/pixel_accuracy") for run in members]),
+      )
+    )
+  return report_page.table(
+    ("runs", "method", "seeds", "last mIoU", "best mIoU", "pixel accuracy"),
+    rows,
+    caption="In percent: mean ± standard deviation over seeds.",
+    label="Means over seeds",
+  )
+
+
+def _runs_table(
   runs: Sequence[Run], labels: Sequence[str], links: Sequence[str]
-) -> list[str]:
+) -> str:
   rows = []
   for run, label, link in zip(runs, labels, links, strict=True):
-    best = run.best("eval/miou")
-    text = f'<a href="{_escape(link)}">{_escape(label)}</a>'
-    best_text = "–" if best is None else f"{_percent(best[1])} ({best[0]:,})"
-    last_step = _last_step(run)
+    best, interval = run.best_evaluation, _interval(run)
+    best_text = "–" if best is None else percent(best[1])
+    if interval is not None:
+      low, high = (100 * value for value in interval)
+      best_text += f" [{low:.1f}, {high:.1f}]"
+    hours, last_step = _hours(run), _last_step(run)
     rows.append(
-      f'<tr><th scope="row">{text}</th>'
-      f"<td>{_escape(run.setting('method') or '–')}</td>"
-      f"<td>{_escape(_or_dash(run.setting('seed')))}</td>"
-      f"<td>{'–' if last_step is None else f'{last_step:,}'}</td>"
-      f"<td>{_percent(run.last('eval/miou'))}</td><td>{best_text}</td>"
-      f"<td>{_percent(run.last('eval/pixel_accuracy'))}</td></tr>"
+      (
+        f'<a href="{escape(link)}">{escape(label)}</a>',
+        escape(_or_dash(run.setting("method"))),
+        escape(_or_dash(run.setting("seed"))),
+        "–" if last_step is None else f"{last_step:,}",
+        percent(run.last("eval/miou")),
+        best_text,
+        "–" if best is None else f"{best[0]:,}",
+        percent(run.last("eval/pixel_accuracy")),
+        "–" if hours is None else _hours_text(hours),
+      )
     )
-  columns = ("run", "method", "seed", "steps", "mIoU, last", "best (step)")
-  head = "".join(
-    f'<th scope="col">{name}</th>' for name in (*columns, "pixel accuracy")
+  has_interval = any(_interval(run) is not None for run in runs)
+  return report_page.table(
+    (
+      "run",
+      "method",
+      "seed",
+      "steps",
+      "last mIoU",
+      "best mIoU",
+      "at step",
+      "pixel accuracy",
+      "time",
+    ),
+    rows,
+    caption="In percent."
+    + (" In brackets: 95 % interval over images." if has_interval else ""),
+    label="Runs",
   )
-  parts = [
-    "<h2>Runs</h2>",
-    '<div class="card scroll" tabindex="0" role="region" aria-label="Runs">'
-    f"<table><caption>In percent.</caption><thead><tr>{head}</tr></thead>"
-    f"<tbody>{''.join(rows)}</tbody></table></div>",
-  ]
+
+
+def _class_table(runs: Sequence[Run], labels: Sequence[str]) -> str:
   names = list(dict.fromkeys(name for run in runs for name in run.class_names))
   if not names:
-    return parts
+    return ""
 
-  def cells(key: str) -> str:
+  def cells(key: str) -> list[str]:
     values = [run.last(key) for run in runs]
     known = [value for value in values if value is not None]
     texts = [
-      f"<b>{_percent(value)}</b>"
-      if len(known) > 1 and value == max(known)
-      else _percent(value)
+      f"<b>{percent(value)}</b>"
+      if len(set(known)) > 1 and value == max(known)
+      else percent(value)
       for value in values
     ]
     if len(values) == 2:
       difference = None if len(known) < 2 else 100 * (values[1] - values[0])
       texts.append("–" if difference is None else f"{difference:+.2f}")
-    return "".join(f"<td>{text}</td>" for text in texts)
+    return texts
 
-  head = "".join(f'<th scope="col">{_escape(label)}</th>' for label in labels)
+  head = ["class", *map(escape, labels)]
   if len(runs) == 2:
-    head += '<th scope="col">difference</th>'
-  body = "".join(
-    f'<tr><th scope="row">{_escape(name)}</th>{cells(f"eval/iou/{name}")}</tr>'
-    for name in names
+    head.append("difference")
+  return report_page.table(
+    head,
+    [(escape(name), *cells(f"eval/iou/{name}")) for name in names],
+    foot=[("mIoU", *cells("eval/miou"))],
+    caption="IoU in percent at the last evaluation; bold: highest.",
+    label="IoU of each class and run",
   )
-  parts += [
-    "<h2>Classes</h2>",
-    '<div class="card scroll" tabindex="0" role="region"'
-    ' aria-label="IoU of each class and run"><table>'
-    "<caption>IoU in percent at the last evaluation; bold: highest.</caption>"
-    f'<thead><tr><th scope="col">class</th>{head}</tr></thead>'
-    f"<tbody>{body}</tbody><tfoot>"
-    f'<tr><th scope="row">mIoU</th>{cells("eval/miou")}</tr></tfoot>'
-    "</table></div>",
-  ]
-  return parts
 
 
 def _or_dash(value: Any) -> Any:
@@ -636,18 +632,15 @@ def _or_dash(value: Any) -> Any:
 
 def _comparison_warnings(runs: Sequence[Run]) -> list[str]:
   """What makes the numbers of these runs not comparable."""
-  warnings = []
-  for text, values in (
-    ("evaluation protocols", [_protocol_text(run) for run in runs]),
-    ("classes", [tuple(run.class_names) for run in runs if run.rows]),
-    ("last steps", [_last_step(run) for run in runs]),
-  ):
-    if len(set(values)) > 1:
-      warnings.append(
-        f'<p class="card notice">The runs differ in their {text}: compare with'
-        " care.</p>"
-      )
-  return warnings
+  return [
+    report_page.notice(f"The runs differ in their {text}: compare with care.")
+    for text, values in (
+      ("evaluation protocols", [_protocol_text(run) for run in runs]),
+      ("classes", [tuple(run.class_names) for run in runs if run.rows]),
+      ("last steps", [_last_step(run) for run in runs]),
+    )
+    if len(set(values)) > 1
+  ]
 
 
 def write_comparison(
@@ -667,6 +660,7 @@ def write_comparison(
 
   Raises:
     RunError: a folder is no workdir, or a file in it is broken.
+    OSError: a file cannot be written.
   """
   runs = [read_run(workdir) for workdir in workdirs]
   for run in runs:
@@ -674,7 +668,7 @@ def write_comparison(
       refresh_report(run.workdir)
   output = pathlib.Path(output)
   output.mkdir(parents=True, exist_ok=True)
-  labels = run_labels(runs)
+  labels, groups = run_labels(runs), group_runs(runs)
   links = [
     urllib.parse.quote(
       pathlib.Path(
@@ -683,20 +677,34 @@ def write_comparison(
     )
     for run in runs
   ]
-  body = ["<header><h1>Comparison of runs</h1></header>", "<main>"]
-  body += _comparison_warnings(runs)
-  plot = comparison_plot(runs, labels)
-  if plot is None:
-    body.append('<p class="card notice">No run has been evaluated yet.</p>')
-  if plot is not None:
-    plot.save(output)
-    body.append(f'<div class="wide">{_figure_html(plot)}</div>')
-  body += _comparison_tables(runs, labels, links)
+  figures = report_figures.comparison_figures(runs, labels, groups)
+  body = [
+    "<header><h1>Comparison of runs</h1>",
+    f'<p class="muted">{escape(", ".join(labels))}</p></header>',
+    "<main>",
+    report_page.no_script_notice(),
+    *_comparison_warnings(runs),
+  ]
+  if not any(run.series("eval/miou")[0].size for run in runs):
+    body.append(report_page.notice("No run has been evaluated yet."))
+  tables = [
+    _groups_table(runs, labels, groups),
+    _runs_table(runs, labels, links),
+  ]
+  body += [
+    report_page.section(
+      "runs", "Runs", [f'<div class="pictures">{"".join(tables)}</div>']
+    ),
+    report_page.section("curves", "Curves", [report_page.figures(figures)]),
+    report_page.section("classes", "Classes", [_class_table(runs, labels)]),
+  ]
   protocols = list(dict.fromkeys(map(_protocol_text, runs)))
-  body.append(_facts_html([("protocol", text) for text in protocols]))
+  body.append(report_page.facts([("protocol", text) for text in protocols]))
   body.append("</main>")
+  _write_plotly(output)
   page = output / "index.html"
-  _write_text(page, _page("Comparison of runs", body))
+  text = report_page.page("Comparison of runs", body)
+  storage.write_whole(page, text.encode())
   return page
 
 
@@ -712,11 +720,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     help="folder of the comparison (default: 'comparison' beside the first"
     " run); of several runs only",
   )
+  parser.add_argument(
+    "--advice",
+    action="store_true",
+    help="print what stands out in the metrics and what to change; no page",
+  )
   options = parser.parse_args(arguments)
   several = len(options.workdirs) > 1
+  if options.advice and options.output:
+    parser.error("--advice writes no page: leave --output out")
   if options.output and not several:
     parser.error("--output is for the comparison of several runs")
   try:
+    if options.advice:
+      print(advice_text([read_run(path) for path in options.workdirs]))
+      return 0
     for workdir in options.workdirs:
       print(refresh_report(workdir))
     if several:

@@ -1,4 +1,4 @@
-"""What a run left behind: metrics.jsonl and config.json, read back.
+"""What a run left behind: its metrics, config and best evaluation, read back.
 
 Standard library and numpy only: anything may ask how a run went.
 """
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from u2pl_jax import plateau
 
 
 class RunError(ValueError):
@@ -27,8 +29,10 @@ class Run:
     config: the resolved config, empty if the file is missing.
     rows: of metrics.jsonl, one a step, ascending.
     skipped_lines: lines that are no metrics, such as a half-written last one.
-    extra: what an earlier report knew and the workdir does not tell: class
-      names, palette, pictures, command, versions.
+    extra: what an earlier report knew and the workdir does not tell: pictures,
+      command, devices, versions.
+    dataset: class names and colours, empty if the file is missing.
+    evaluation: summary of the best evaluation, empty if the file is missing.
   """
 
   workdir: pathlib.Path
@@ -36,6 +40,8 @@ class Run:
   rows: Sequence[Mapping[str, Any]]
   skipped_lines: int = 0
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def name(self) -> str:
@@ -43,7 +49,7 @@ class Run:
 
   @property
   def class_names(self) -> list[str]:
-    """As the last report had them, else in the order of the metrics."""
+    """Those of the data set, else in the order of the metrics."""
     prefix = "eval/iou/"
     found = {
       key.removeprefix(prefix): None
@@ -51,11 +57,26 @@ class Run:
       for key in row
       if key.startswith(prefix)
     }
-    return list(self.extra.get("class_names") or found)
+    known = self.dataset.get("class_names") or self.extra.get("class_names")
+    return list(known or found)
+
+  @property
+  def palette(self) -> list[list[int]]:
+    """Colours of the classes; empty if nothing says them."""
+    return list(self.dataset.get("palette") or self.extra.get("palette") or [])
 
   @property
   def report_page(self) -> pathlib.Path:
     return self.workdir / "report" / "index.html"
+
+  @property
+  def steps_per_epoch(self) -> float | None:
+    """From the last line with `train/epoch`; None if there is none."""
+    steps, epochs = self.series("train/epoch")
+    known = np.flatnonzero(epochs > 0)
+    if not known.size:
+      return None
+    return float(steps[known[-1]] / epochs[known[-1]])
 
   def setting(self, path: str) -> Any:
     """The config's value at 'a.b.c'; None if there is none."""
@@ -91,6 +112,22 @@ class Run:
       return None
     index = int(values.argmax())
     return int(steps[index]), float(values[index])
+
+  @property
+  def best_evaluation(self) -> tuple[int, float] | None:
+    """(step, mIoU) of the evaluation whose checkpoint is kept as the best.
+
+    The first of the highest; with the schedule 'plateau' the first that is
+    within its threshold of the highest.
+    """
+    steps, values = self.series("eval/miou")
+    threshold = self.setting("optimizer.plateau.threshold")
+    if self.setting("optimizer.schedule") != "plateau" or threshold is None:
+      threshold = 0.0
+    found = plateau.contenders(
+      list(zip(steps.tolist(), values.tolist(), strict=True)), threshold
+    )
+    return found[0] if found else None
 
   def value_at(self, key: str, step: int) -> float | None:
     """The value of a metric at a step, if it is there and finite."""
@@ -170,4 +207,6 @@ def read_run(workdir: str | os.PathLike) -> Run:
     rows=rows,
     skipped_lines=skipped,
     extra=_read_json(workdir / "report" / "report.json"),
+    dataset=_read_json(workdir / "dataset.json"),
+    evaluation=_read_json(workdir / "evaluation" / "metrics.json"),
   )

@@ -59,3 +59,14 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict:
     name: jax.make_array_from_process_local_data(sharding, value)
     for name, value in batch.items()
   }
+
+
+def put_whole_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict:
+  """A global batch that every process has whole -> arrays on the devices."""
+  sharding = batch_sharded(mesh)
+  return {
+    name: jax.make_array_from_callback(
+      value.shape, sharding, lambda part, value=value: value[part]
+    )
+    for name, value in batch.items()
+  }

@@ -22,8 +22,8 @@ import numpy as np
 
 from input_pipeline.dataset_config import load_info, prepare_dataset
 from input_pipeline.split_families import identify_split
-from u2pl_jax import metrics as metrics_lib
-from u2pl_jax import report, sharding, writers
+from u2pl_jax import optimizer as optimizer_lib
+from u2pl_jax import plateau, sharding, writers
 from u2pl_jax.build import (
   DataSpec,
   Program,
@@ -32,22 +32,41 @@ from u2pl_jax.build import (
   build,
 )
 from u2pl_jax.checkpoint import Checkpoints, Meta
+from u2pl_jax.clock import Clock, duration
 from u2pl_jax.config_checks import ConfigError, check_config
 from u2pl_jax.data import (
   Data,
   load_data,
-  open_eval_stream,
   open_train_stream,
 )
+from u2pl_jax.evaluation_record import EvaluationRecord, write_record
+from u2pl_jax.evaluator import Counts
+from u2pl_jax.image_strip import image_strip
+from u2pl_jax.judging import (
+  contenders,
+  counts_of,
+  evaluate,
+  evaluated_network,
+  is_finished,
+  no_better,
+  plateau_progress,
+)
+from u2pl_jax.log_head import describe_devices, log_head
 from u2pl_jax.models.weight_files import WeightsError
-from u2pl_jax.train_state import TrainState, Variables
-from u2pl_jax.train_step import Recipe
+from u2pl_jax.report_data import Reporter, scores_of
+from u2pl_jax.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 
 # Updates that may be queued on the device. More would hide nothing more, and
 # each holds a batch in its memory.
 _MAX_IN_FLIGHT = 2
+
+# In the workdir, the evaluation with the highest mIoU.
+EVALUATION_FOLDER = "evaluation"
+
+# Validation images in TensorBoard, of those in the report.
+_NUM_LOGGED_IMAGES = 4
 
 # A non-finite one of these means that the parameters are lost.
 _VITAL_METRICS = (
@@ -67,6 +86,8 @@ def train_and_evaluate(
   config: ml_collections.ConfigDict, workdir: str | os.PathLike
 ) -> None:
   """Trains to the end, from wherever the workdir says the run is.
+
+  The end is the last epoch, or earlier where the schedule 'plateau' says stop.
 
   Compiled programs are kept in `<workdir>/../.jax_cache`, shared by the runs
   beside each other, unless JAX_COMPILATION_CACHE_DIR names another folder.
@@ -88,6 +109,7 @@ def train_and_evaluate(
   check_config(
     config, num_classes=info.num_classes, num_devices=jax.device_count()
   )
+  writers.check_sinks(config)
   prepare_dataset(config.dataset)
   data = load_data(config, info)
   writers.check_workdir(workdir, config)
@@ -103,7 +125,7 @@ def train_and_evaluate(
     ),
   )
   abstract = abstract_state(config, program)
-  _log_head(config, workdir, program, data, abstract)
+  log_head(config, workdir, program, data, abstract)
   config_digest = writers.config_digest(config)
   lists = writers.digest([data.labelled, data.unlabelled, data.validation])
 
@@ -131,28 +153,42 @@ def train_and_evaluate(
     if is_main:
       writers.write_config(workdir, config)
       writers.write_dataset(workdir, info, config.dataset.ignore_label)
-    total_steps = program.recipe.total_steps
-    was_finished = meta.step == total_steps
-    if was_finished:
-      logger.info("the run is finished: all %d steps are done", total_steps)
-    else:
+    recipe = program.recipe
+    was_finished = is_finished(config, recipe, meta)
+    reporter = Reporter(
+      config, program, data, workdir, devices=describe_devices(program)
+    )
+    if not was_finished:
       writer = None
       if is_main:
-        writer = writers.MetricsWriter(
-          workdir, class_names=info.class_names, last_step=meta.step
+        writer = writers.open_writer(
+          workdir, config, class_names=info.class_names, last_step=meta.step
         )
         stack.callback(writer.close)
-      run = _Run(config, program, data, checkpoints, writer)
+      run = _Run(config, program, data, checkpoints, writer, reporter, workdir)
       state, meta = run.train(state, meta)
+    progress = plateau_progress(config, recipe, meta.evaluations)
+    if meta.step < recipe.total_steps:
+      logger.info(
+        "the run stopped early, at step %d of %d: %s after %d reductions of the"
+        " learning rate",
+        meta.step,
+        recipe.total_steps,
+        no_better(config, progress.waited),
+        progress.reductions,
+      )
+    elif was_finished:
+      logger.info("the run is finished: all %d steps are done", meta.step)
 
-    page = workdir / "report" / "index.html"
+    page = reporter.page
     if not (was_finished and page.exists()):
-      _, variables = evaluated_network(state, meta.step, program.recipe)
-      samples = report_samples(config, program, data, variables)
-      if is_main:
-        page = report.write_report(
-          workdir, samples, info, config.dataset.ignore_label
-        )
+      network, variables = evaluated_network(state, meta.step, recipe)
+      reporter.finish(
+        variables,
+        network=network,
+        step=meta.step,
+        best_step=meta.contenders[-1] if meta.contenders else None,
+      )
   logger.info(
     "best mIoU %.4f at step %d; report: %s",
     meta.best_miou,
@@ -161,156 +197,12 @@ def train_and_evaluate(
   )
 
 
-# -- Evaluation ----------------------------------------------------------------
-
-
 def _put(program: Program, batch: dict, *names: str) -> dict[str, jax.Array]:
   """The named entries of a batch, on the devices."""
   return sharding.put_batch(program.mesh, {name: batch[name] for name in names})
 
 
-def evaluated_network(
-  state: TrainState, step: int, recipe: Recipe
-) -> tuple[str, Variables]:
-  """The network to judge after `step` updates: (name, variables).
-
-  The teacher as soon as it has had an update; before, it is no more than the
-  initial weights.
-  """
-  if step > recipe.warmup_steps:
-    return "teacher", state.teacher
-  return "student", state.student
-
-
-def confusion_of(
-  config: ml_collections.ConfigDict,
-  program: Program,
-  data: Data,
-  variables: Variables,
-  ids: tuple[str, ...],
-) -> np.ndarray:
-  """[k, k] int64 confusion matrix over the images `ids`."""
-  num_classes = data.info.num_classes
-  total = np.zeros((num_classes, num_classes), np.int64)
-  # The matrix of a batch is fetched when the next one is on its way.
-  pending = None
-  with contextlib.closing(open_eval_stream(config, data, ids)) as stream:
-    for batch in stream:
-      batch = _put(program, batch, "image", "label", "valid_box", "is_real")
-      confusion = program.eval_step(variables, batch)
-      if pending is not None:
-        total += np.asarray(pending, np.int64)
-      pending = confusion
-  return total + np.asarray(pending, np.int64)
-
-
-def evaluate(
-  config: ml_collections.ConfigDict,
-  program: Program,
-  data: Data,
-  state: TrainState,
-  step: int,
-) -> dict[str, Any]:
-  """Metrics `eval/...` of the validation images, `oracle/...` of hidden masks.
-
-  Args:
-    config, program, data: of the run.
-    state: after `step` updates.
-    step: decides which network is judged.
-
-  Returns:
-    Numbers, and the vector `eval/iou` with NaN for a class that is absent.
-  """
-  name, variables = evaluated_network(state, step, program.recipe)
-  confusion = confusion_of(config, program, data, variables, data.validation)
-  metrics = {
-    "eval/miou": metrics_lib.mean_iou(confusion),
-    "eval/miou_present": metrics_lib.mean_iou_present(confusion),
-    "eval/pixel_accuracy": metrics_lib.pixel_accuracy(confusion),
-    "eval/iou": metrics_lib.iou(confusion),
-  }
-  if name == "teacher" and data.oracle:
-    confusion = confusion_of(config, program, data, variables, data.oracle)
-    metrics |= {
-      "oracle/pixel_accuracy": metrics_lib.pixel_accuracy(confusion),
-      "oracle/ari": metrics_lib.adjusted_rand_index(confusion),
-      "oracle/miou": metrics_lib.mean_iou(confusion),
-    }
-  return metrics
-
-
-def report_samples(
-  config: ml_collections.ConfigDict,
-  program: Program,
-  data: Data,
-  variables: Variables,
-) -> list[report.Sample]:
-  """The first validation images with what the network makes of them."""
-  ids = data.validation[: config.log.report_images]
-  if not ids:
-    return []
-  samples = {}
-  with contextlib.closing(open_eval_stream(config, data, ids)) as stream:
-    for batch in stream:
-      classes, entropies = jax.device_get(
-        program.predict_step(
-          variables, _put(program, batch, "image", "valid_box")
-        )
-      )
-      for row in np.flatnonzero(batch["is_real"]):
-        top, left, bottom, right = batch["valid_box"][row]
-        inside = np.s_[row, top:bottom, left:right]
-        index = int(batch["index"][row])
-        samples[index] = report.Sample(
-          id=ids[index],
-          image=batch["image"][inside],
-          truth=batch["label"][inside],
-          prediction=classes[inside],
-          entropy=entropies[inside],
-        )
-  return [samples[index] for index in sorted(samples)]
-
-
 # -- The loop ------------------------------------------------------------------
-
-
-class _Clock:
-  """Speed since the last written line, without compilation and evaluation."""
-
-  def __init__(self):
-    self._begin = time.perf_counter()
-    self.restart()
-
-  def restart(self) -> None:
-    self._start = time.perf_counter()
-    self._waited = 0.0
-    self._steps = self._images = 0
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    self._start += time.perf_counter() - start
-
-  @contextlib.contextmanager
-  def waiting_for_data(self) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    self._waited += time.perf_counter() - start
-
-  def count(self, num_images: int) -> None:
-    self._steps += 1
-    self._images += num_images
-
-  def read(self) -> dict[str, float]:
-    """All that depends on the clock: the metrics named time/."""
-    elapsed = max(time.perf_counter() - self._start, 1e-9)
-    return {
-      "time/images_per_second": self._images / elapsed,
-      "time/seconds_per_step": elapsed / max(self._steps, 1),
-      "time/data_wait_share": self._waited / elapsed,
-      "time/seconds": time.perf_counter() - self._begin,
-    }
 
 
 class _Run:
@@ -323,25 +215,36 @@ class _Run:
     data: Data,
     checkpoints: Checkpoints,
     writer: writers.MetricsWriter | None,
+    reporter: Reporter,
+    workdir: pathlib.Path,
   ):
     """`writer` is None on all processes but the first."""
     self._config = config
+    self._workdir = workdir
     self._program = program
     self._data = data
     self._checkpoints = checkpoints
     self._writer = writer
-    self._clock = _Clock()
+    self._reporter = reporter
+    self._clock = Clock()
     self._compiled: set[str] = set()
     self._last_finite_step = 0
 
   def train(self, state: TrainState, meta: Meta) -> tuple[TrainState, Meta]:
     """Goes on from `meta.step` to the last step; `state` is donated."""
     step = self._last_finite_step = meta.step
+    in_flight = collections.deque()
     try:
       with contextlib.ExitStack() as streams:
-        updates = self._updates(state, meta.step, streams)
-        for step, state, metrics in updates:  # noqa: B020
-          meta = self._after_update(step, state, metrics, meta)
+        for batches in self._batches(meta.step, streams):
+          state, metrics = self._update(state, batches)
+          in_flight.append(metrics["total_loss"])
+          if len(in_flight) > _MAX_IN_FLIGHT:
+            in_flight.popleft().block_until_ready()
+          step += 1
+          state, meta = self._after_update(step, state, metrics, meta)
+          if is_finished(self._config, self._program.recipe, meta):
+            break
     except KeyboardInterrupt:
       raise KeyboardInterrupt(
         f"interrupted at step {step}; {self._last_checkpoint()}; run the same"
@@ -350,10 +253,10 @@ class _Run:
     self._checkpoints.wait()
     return state, meta
 
-  def _updates(
-    self, state: TrainState, first: int, streams: contextlib.ExitStack
-  ) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
-    """Yields (updates done, state, metrics on the device) after every one."""
+  def _batches(
+    self, first: int, streams: contextlib.ExitStack
+  ) -> Iterator[list[dict[str, jax.Array]]]:
+    """Yields what each update from `first` on reads, on the devices."""
     config, program = self._config, self._program
     recipe = program.recipe
 
@@ -366,7 +269,6 @@ class _Run:
 
     stream_l = open_stream(True, first)
     stream_u = None
-    in_flight = collections.deque()
     for step in range(first, recipe.total_steps):
       semi = step >= recipe.warmup_steps
       if semi and stream_u is None:
@@ -376,15 +278,16 @@ class _Run:
         batches = [_put(program, next(stream_l), "image", "label", "valid_box")]
         if semi:
           batches.append(_put(program, next(stream_u), "image", "valid_box"))
-      if semi:
-        state, metrics = self._call("semi_supervised_step", state, *batches)
-      else:
-        state, metrics = self._call("supervised_step", state, *batches)
-      self._clock.count(sum(batch["image"].shape[0] for batch in batches))
-      in_flight.append(metrics["total_loss"])
-      if len(in_flight) > _MAX_IN_FLIGHT:
-        in_flight.popleft().block_until_ready()
-      yield step + 1, state, metrics
+      yield batches
+
+  def _update(
+    self, state: TrainState, batches: list[dict[str, jax.Array]]
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step; the metrics are still on the devices."""
+    name = "semi_supervised_step" if len(batches) == 2 else "supervised_step"
+    result = self._call(name, state, *batches)
+    self._clock.count(sum(batch["image"].shape[0] for batch in batches))
+    return result
 
   def _call(self, name: str, *args: Any) -> Any:
     """Calls a step of the program; says so when that means compiling it."""
@@ -405,7 +308,7 @@ class _Run:
     state: TrainState,
     metrics: dict[str, jax.Array],
     meta: Meta,
-  ) -> Meta:
+  ) -> tuple[TrainState, Meta]:
     """Logs, evaluates, writes and saves what is due after `step` updates."""
     config, recipe = self._config, self._program.recipe
 
@@ -415,35 +318,127 @@ class _Run:
     log_due = is_due(config.log.every_steps)
     eval_due = is_due(config.eval.every_epochs * recipe.steps_per_epoch)
     save_due = is_due(config.checkpoint.every_epochs * recipe.steps_per_epoch)
+    image_epochs = config.log.images_every_epochs
+    images_due = image_epochs > 0 and is_due(
+      image_epochs * recipe.steps_per_epoch
+    )
     network, _ = evaluated_network(state, step, recipe)
     meta = dataclasses.replace(meta, step=step, network=network)
-    if not (log_due or eval_due or save_due):
-      return meta
+    if not (log_due or eval_due or save_due or images_due):
+      return state, meta
 
     # Also before a save, so that every checkpoint is a good one.
     train_metrics = jax.device_get(metrics)
     line = {}
     if log_due:
-      line |= self._train_line(step, train_metrics)
+      line |= self._train_line(step, state, train_metrics)
       self._clock.restart()
     self._check_finite(step, train_metrics, line)
     with self._clock.paused():
+      is_highest = False
       if eval_due:
-        line |= self._evaluate(step, state)
-        if meta.best_miou is None or line["eval/miou"] > meta.best_miou:
-          meta = dataclasses.replace(
-            meta, best_miou=line["eval/miou"], best_step=step
-          )
-          save_due = True
+        evaluation, counts = self._evaluate(step, state)
+        line |= evaluation
+        evaluations = (*meta.evaluations, (step, line["eval/miou"]))
+        rivals = contenders(config, evaluations)
+        best_step, best_miou = rivals[0]
+        meta = dataclasses.replace(
+          meta,
+          best_miou=best_miou,
+          best_step=best_step,
+          evaluations=evaluations,
+          contenders=tuple(step for step, _ in rivals),
+        )
+        state = self._follow_plateau(state, evaluations, line)
+        is_highest = rivals[-1][0] == step
+        save_due |= is_highest or is_finished(config, recipe, meta)
+        if is_highest:
+          record = self._record(meta, counts)
       if line and self._writer is not None:
         self._writer.write(step, line)
+      if images_due:
+        self._write_images(step, state)
       if save_due:
         if self._writer is not None:
           self._writer.sync()
         self._checkpoints.save(state, meta)
-    return meta
+      if is_highest:
+        network, variables = evaluated_network(state, step, recipe)
+        self._reporter.draw(
+          variables, network=network, step=step, scores=scores_of(record)
+        )
+    return state, meta
 
-  def _train_line(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+  def _follow_plateau(
+    self,
+    state: TrainState,
+    evaluations: plateau.Evaluations,
+    line: dict[str, Any],
+  ) -> TrainState:
+    """Reduces the learning rate where the last evaluation asks for it.
+
+    Args:
+      state: after the update that was evaluated.
+      evaluations: with the last one.
+      line: gets the metrics of the watch, if the schedule is 'plateau'.
+
+    Returns:
+      The state, perhaps with another rate.
+    """
+    config, recipe = self._config, self._program.recipe
+    progress = plateau_progress(config, recipe, evaluations)
+    if progress is None:
+      return state
+    line |= {
+      "eval/plateau_waited": progress.waited,
+      "eval/plateau_reductions": progress.reductions,
+      "eval/plateau_stop": int(progress.stop),
+    }
+    before = plateau_progress(config, recipe, evaluations[:-1])
+    if progress.reductions == before.reductions:
+      return state
+    optimizer = config.optimizer
+    rate = base_learning_rate(config)
+    rate *= optimizer.decay_factor**progress.reductions
+    logger.info(
+      "%s: learning rate %g from now on, reduction %d of %d",
+      no_better(config, optimizer.plateau.patience),
+      rate,
+      progress.reductions,
+      optimizer.plateau.reductions,
+    )
+    return state.replace(
+      opt_state=optimizer_lib.set_learning_rate(state.opt_state, rate)
+    )
+
+  def _write_images(self, step: int, state: TrainState) -> None:
+    """Pictures of the same few validation images every time."""
+    _, variables = evaluated_network(state, step, self._program.recipe)
+    ids = self._data.validation[: self._config.log.report_images]
+    # On all processes: the network is spread over their devices.
+    samples = self._reporter.samples(
+      variables, [(image_id, "first") for image_id in ids[:_NUM_LOGGED_IMAGES]]
+    )
+    if self._writer is None:
+      return
+    palette = np.asarray(self._data.info.palette)
+    self._writer.write_images(
+      step,
+      {
+        f"eval/image/{sample.id}": image_strip(
+          image=sample.image,
+          truth=sample.truth,
+          prediction=sample.prediction,
+          entropy=sample.entropy,
+          palette=palette,
+        )
+        for sample in samples
+      },
+    )
+
+  def _train_line(
+    self, step: int, state: TrainState, metrics: dict[str, Any]
+  ) -> dict[str, Any]:
     """Logs the progress line; returns the metrics to write."""
     recipe = self._program.recipe
     semi = step > recipe.warmup_steps
@@ -472,11 +467,16 @@ class _Run:
       speed["time/images_per_second"],
       100 * speed["time/data_wait_share"],
       "warm-up ends in" if phase == "warm-up" else "ETA",
-      _duration(seconds),
+      duration(seconds),
     )
     line = {f"train/{name}": value for name, value in metrics.items()}
+    rate = self._program.learning_rate
     # The rate of this update, which was number step - 1 counted from 0.
-    line["train/learning_rate"] = float(self._program.learning_rate(step - 1))
+    line["train/learning_rate"] = float(
+      rate(step - 1)
+      if callable(rate)
+      else optimizer_lib.get_learning_rate(state.opt_state)
+    )
     line["train/epoch"] = step / recipe.steps_per_epoch
     return line | speed
 
@@ -499,11 +499,31 @@ class _Run:
       " config.optimizer.learning_rate or look at the images of these steps"
     )
 
-  def _evaluate(self, step: int, state: TrainState) -> dict[str, Any]:
+  def _record(self, meta: Meta, counts: Counts) -> EvaluationRecord:
+    """The evaluation with the highest mIoU so far; also writes it."""
+    record = self._program.evaluator.record(
+      counts,
+      checkpoint=str(self._workdir),
+      step=meta.step,
+      weights=meta.network,
+      config_hash=meta.config,
+      class_names=self._data.info.class_names,
+      image_ids=self._data.validation,
+    )
+    if self._writer is not None:
+      write_record(self._workdir / EVALUATION_FOLDER, record)
+    return record
+
+  def _evaluate(
+    self, step: int, state: TrainState
+  ) -> tuple[dict[str, Any], Counts]:
+    """Metrics of the network to judge, and its counts."""
     start = time.perf_counter()
-    recipe = self._program.recipe
-    line = evaluate(self._config, self._program, self._data, state, step)
-    data = self._data
+    recipe, data = self._program.recipe, self._data
+    _, variables = evaluated_network(state, step, recipe)
+    of_run = (self._config, self._program, data)
+    counts = counts_of(*of_run, variables, data.validation)
+    line = evaluate(*of_run, state, step, counts)
     line |= identify_split(data.info.name, data.labelled).metrics()
     line["time/eval_seconds"] = time.perf_counter() - start
     oracle = ""
@@ -523,7 +543,7 @@ class _Run:
       line["time/eval_seconds"],
       oracle,
     )
-    return line
+    return line, counts
 
   def _last_checkpoint(self) -> str:
     self._checkpoints.wait()
@@ -556,73 +576,3 @@ def _enable_compilation_cache(workdir: pathlib.Path) -> None:
   if jax.config.jax_compilation_cache_dir is None:
     path = workdir.absolute().parent / ".jax_cache"
     jax.config.update("jax_compilation_cache_dir", str(path))
-
-
-def _log_head(
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  program: Program,
-  data: Data,
-  abstract: TrainState,
-) -> None:
-  recipe, devices = program.recipe, program.mesh.devices.ravel()
-  num_parameters = sum(
-    math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.student.params)
-  )
-  logger.info("config:\n%s", str(config).rstrip())
-  logger.info("%s, method %s, workdir %s", config.name, config.method, workdir)
-  logger.info(
-    "jax %s on %d x %s (%s), %d process(es)",
-    jax.__version__,
-    devices.size,
-    devices[0].device_kind,
-    devices[0].platform,
-    jax.process_count(),
-  )
-  logger.info(
-    "network: %s, %s, %s parameters, convolutions in %s",
-    config.model.backbone,
-    config.model.head,
-    f"{num_parameters:,}",
-    config.model.dtype,
-  )
-  logger.info(
-    "data: %s, %d classes, %d labelled, %d unlabelled, %d validation images",
-    data.info.name,
-    data.info.num_classes,
-    len(data.labelled),
-    len(data.unlabelled),
-    len(data.validation),
-  )
-  logger.info("split: %s", identify_split(data.info.name, data.labelled))
-  rate = base_learning_rate(config)
-  optimizer = config.optimizer
-  logger.info(
-    "schedule: %d epochs of %d steps, warm-up %d steps, total %d steps,"
-    " %d + %d images a step, learning rate %g%s",
-    config.schedule.epochs,
-    recipe.steps_per_epoch,
-    min(recipe.warmup_steps, recipe.total_steps),
-    recipe.total_steps,
-    config.batch.labelled,
-    config.batch.unlabelled,
-    rate,
-    ""
-    if rate == optimizer.learning_rate
-    else f" ({optimizer.learning_rate:g} at {optimizer.reference_batch}"
-    " labelled images a step)",
-  )
-  if config.method == "u2pl" and not config.contrastive.high_rank:
-    logger.info(
-      "contrastive ranks for %d classes: low_rank %d, high_rank %d",
-      recipe.num_classes,
-      recipe.low_rank,
-      recipe.high_rank,
-    )
-  logger.info("quirks: %s", ", ".join(sorted(recipe.quirks)) or "none")
-
-
-def _duration(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02}:{seconds:02}"

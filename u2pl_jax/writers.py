@@ -4,11 +4,15 @@
   dataset.json    classes, colours and pixel statistics: with config.json and a
                   checkpoint all that is needed to use the network
   metrics.jsonl   one JSON object a written step
-  events...       the same for TensorBoard, if tensorflow is installed
+  events...       the same for TensorBoard, with pictures, if tensorflow is
+                  installed
+  wandb_run.txt   id of the run in Weights & Biases, if the config names a
+                  project there; wandb/ holds what its package keeps
 
 A run that was killed and goes on from step s drops the lines after s, so that
 the file ends up the one of an uninterrupted run, except for what depends on the
-clock; such metrics are named `time/...`.
+clock; such metrics are named `time/...`. TensorBoard keeps both files and shows
+the later one; Weights & Biases keeps the lines it already has, which are equal.
 """
 
 import hashlib
@@ -17,6 +21,7 @@ import logging
 import math
 import os
 import pathlib
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +36,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 DATASET_FILE = "dataset.json"
 METRICS_FILE = "metrics.jsonl"
+WANDB_FILE = "wandb_run.txt"
 
 # Keys that another run in the same workdir may change: none of them changes a
 # parameter, and log.every_steps only changes which steps are written.
@@ -40,7 +46,9 @@ MAY_CHANGE = (
   "input.num_workers",
   "input.prefetch",
   "log.every_steps",
+  "log.images_every_epochs",
   "log.report_images",
+  "log.wandb_project",
 )
 
 
@@ -56,6 +64,27 @@ def digest(value: Any) -> str:
   """Short digest of a JSON value."""
   text = json.dumps(value, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_sinks(config: ml_collections.ConfigDict) -> None:
+  """Checks that what the config wants to write to is installed.
+
+  Raises:
+    ConfigError: a Weights & Biases project without its package.
+  """
+  project = config.log.wandb_project
+  if not project:
+    return
+  try:
+    import wandb
+
+    # A folder wandb/, as its package leaves one behind, imports as empty.
+    _ = wandb.init
+  except (ImportError, AttributeError) as error:
+    reason = "the package wandb is not installed"
+    if isinstance(error, ImportError) and error.name != "wandb":
+      reason = f"the package wandb cannot be imported ({error})"
+    raise _wandb_error(project, reason, "pip install wandb") from None
 
 
 def check_workdir(
@@ -126,29 +155,130 @@ def write_dataset(
   storage.write_whole(workdir / DATASET_FILE, text.encode())
 
 
-class MetricsWriter:
-  """Writes metrics.jsonl and TensorBoard files."""
+class Sink:
+  """One place that metrics go to; one without pictures ignores them."""
 
-  def __init__(
-    self,
-    workdir: pathlib.Path,
-    *,
-    class_names: Sequence[str],
-    last_step: int,
-  ):
-    """Opens metrics.jsonl for the steps after `last_step`.
+  def write(self, step: int, scalars: Mapping[str, int | float]) -> None:
+    """Writes the numbers of a step, of which some may not be finite."""
+    raise NotImplementedError
 
-    Args:
-      workdir: of the run.
-      class_names: names of the entries of a vector.
-      last_step: lines after this step are dropped, and so is a line that a
-        kill has cut off.
-    """
-    self._class_names = tuple(class_names)
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    """Writes [h, w, 3] uint8 pictures by name."""
+
+  def sync(self) -> None:
+    """Returns when all that was written is as safe as the place can be."""
+
+  def close(self) -> None:
+    """Ends it."""
+
+
+class JsonLines(Sink):
+  """metrics.jsonl: one object a line."""
+
+  def __init__(self, workdir: pathlib.Path, *, last_step: int):
+    """Opens the file; drops what is after `last_step`, or cut off by a kill."""
     path = workdir / METRICS_FILE
     _drop_lines_after(path, last_step)
-    self._tensorboard = _tensorboard_writer(workdir)
     self._file = path.open("a", encoding="utf-8")
+
+  def write(self, step: int, scalars: Mapping[str, int | float]) -> None:
+    line = {"step": step} | {
+      name: value if math.isfinite(value) else None
+      for name, value in scalars.items()
+    }
+    self._file.write(json.dumps(line, allow_nan=False) + "\n")
+    self._file.flush()
+
+  def sync(self) -> None:
+    self._file.flush()
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class TensorBoard(Sink):
+  """Event files."""
+
+  def __init__(self, workdir: pathlib.Path):
+    """Needs tensorflow: ModuleNotFoundError without."""
+    # It computes nothing here: its notes on how it would are noise.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    import tensorflow as tf
+
+    # The accelerator's memory is for JAX.
+    tf.config.set_visible_devices([], "GPU")
+    from clu import metric_writers
+
+    self._writer = metric_writers.SummaryWriter(str(workdir))
+
+  def write(self, step: int, scalars: Mapping[str, int | float]) -> None:
+    self._writer.write_scalars(step, scalars)
+
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    self._writer.write_images(step, images)
+
+  def sync(self) -> None:
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class WeightsAndBiases(Sink):
+  """A run of a project there; WANDB_MODE=offline keeps it on this machine."""
+
+  def __init__(self, workdir: pathlib.Path, config: ml_collections.ConfigDict):
+    """Starts the run, or goes on with the one whose id is in the workdir.
+
+    Raises:
+      ConfigError: it cannot be started.
+    """
+    import wandb
+
+    path = workdir / WANDB_FILE
+    if not path.exists():
+      storage.write_whole(path, f"{secrets.token_hex(4)}\n".encode())
+    self._make_image = wandb.Image
+    project = config.log.wandb_project
+    try:
+      self._run = wandb.init(
+        project=project,
+        id=path.read_text().strip(),
+        resume="allow",
+        name=config.name,
+        dir=str(workdir),
+        config=config.to_dict(),
+        # A run that goes on may have other values of MAY_CHANGE.
+        allow_val_change=True,
+      )
+    except wandb.Error as error:
+      reason = " ".join(str(error).split()) or type(error).__name__
+      raise _wandb_error(
+        project, reason, "run `wandb login`, or set WANDB_MODE=offline"
+      ) from None
+
+  def write(self, step: int, scalars: Mapping[str, int | float]) -> None:
+    self._run.log(dict(scalars), step=step)
+
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    self._run.log(
+      {name: self._make_image(image) for name, image in images.items()},
+      step=step,
+    )
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+class MetricsWriter:
+  """Writes the same to several sinks."""
+
+  def __init__(self, sinks: Sequence[Sink], *, class_names: Sequence[str]):
+    """Takes the sinks, and the names of the entries of a vector."""
+    self._sinks = tuple(sinks)
+    self._class_names = tuple(class_names)
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Writes one line.
@@ -156,36 +286,74 @@ class MetricsWriter:
     Args:
       step: updates done; must grow from call to call.
       metrics: numbers, or vectors with one entry a class, which are written as
-        `<name>/<class>`. What is not finite is written as null.
+        `<name>/<class>`. What is not finite is null in metrics.jsonl.
 
     Raises:
       ValueError: a vector of another length.
     """
     scalars = expand(metrics, self._class_names)
-    line = {"step": step} | {
-      name: value if math.isfinite(value) else None
-      for name, value in scalars.items()
-    }
-    self._file.write(json.dumps(line, allow_nan=False) + "\n")
-    self._file.flush()
-    if self._tensorboard is not None:
-      self._tensorboard.write_scalars(step, scalars)
+    for sink in self._sinks:
+      sink.write(step, scalars)
+
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    """Writes [h, w, 3] uint8 pictures to the sinks that take them.
+
+    Args:
+      step: of the last `write`, or a later one.
+      images: by name.
+    """
+    for sink in self._sinks:
+      sink.write_images(step, images)
 
   def sync(self) -> None:
     """Returns when all lines are on disk; call it before a checkpoint.
 
     A checkpoint of step s then never exists without the lines up to s.
     """
-    self._file.flush()
-    os.fsync(self._file.fileno())
-    if self._tensorboard is not None:
-      self._tensorboard.flush()
+    for sink in self._sinks:
+      sink.sync()
 
   def close(self) -> None:
-    """Closes the files."""
-    self._file.close()
-    if self._tensorboard is not None:
-      self._tensorboard.close()
+    """Closes all sinks."""
+    for sink in self._sinks:
+      sink.close()
+
+
+def open_writer(
+  workdir: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  *,
+  class_names: Sequence[str],
+  last_step: int,
+) -> MetricsWriter:
+  """A writer to all that is installed and wanted.
+
+  Args:
+    workdir: of the run.
+    config: complete, passed by `check_sinks`.
+    class_names: names of the entries of a vector.
+    last_step: lines after this step are dropped, and so is a line that a kill
+      has cut off.
+
+  Returns:
+    `MetricsWriter`.
+
+  Raises:
+    ConfigError: Weights & Biases refuses.
+  """
+  others: list[Sink] = []
+  try:
+    others.append(TensorBoard(workdir))
+  except ModuleNotFoundError as error:
+    if error.name != "tensorflow":
+      raise
+    logger.info("TensorBoard files are off (tensorflow is not installed)")
+  if config.log.wandb_project:
+    others.append(WeightsAndBiases(workdir, config))
+  return MetricsWriter(
+    [JsonLines(workdir, last_step=last_step), *others],
+    class_names=class_names,
+  )
 
 
 def expand(
@@ -240,23 +408,11 @@ def _drop_lines_after(path: pathlib.Path, last_step: int) -> None:
     storage.write_whole(path, "".join(kept).encode())
 
 
-def _tensorboard_writer(workdir: pathlib.Path):
-  """clu's writer of TensorBoard files, or None without tensorflow."""
-  try:
-    # It computes nothing here: its notes on how it would are noise.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    import tensorflow as tf
-  except ModuleNotFoundError as error:
-    if error.name != "tensorflow":
-      raise
-    logger.info("TensorBoard files are off (tensorflow is not installed)")
-    return None
-  # The accelerator's memory is for JAX.
-  tf.config.set_visible_devices([], "GPU")
-  from clu import metric_writers
-
-  return metric_writers.SummaryWriter(str(workdir))
+def _wandb_error(project: str, reason: str, fix: str) -> ConfigError:
+  return ConfigError(
+    f"config.log.wandb_project={project!r}: {reason}: {fix}, or set"
+    " config.log.wandb_project to ''"
+  )
 
 
 def _flat(config: Any) -> dict[str, Any]:
