@@ -760,10 +760,17 @@ def _interrupt(*_: Any) -> None:
   raise KeyboardInterrupt
 
 
-if __name__ == "__main__":
-  # The end of a cluster's job, or of a terminal, should not leave runs behind;
-  # nohup has a word in this.
+def heed_signals() -> None:
+  """Has what ends the sweep end its runs too."""
+  # The end of a cluster's job, or of a terminal; nohup has a word in this.
   for number in (signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(number) != signal.SIG_IGN:
       signal.signal(number, _interrupt)
+  # A script's shell has what it starts in the background ignore interrupts. The
+  # runs would inherit that, and an interrupt is how they are ended.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+if __name__ == "__main__":
+  heed_signals()
   sys.exit(main())
