@@ -233,10 +233,6 @@ def test_two_at_once(control):
   assert process.wait(20) == 130
 
 
-def ignore_interrupts():
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def start(control, *arguments) -> subprocess.Popen:
   """The sweep in a process of its own, as a script's shell starts it with &."""
   code = f"""
@@ -248,12 +244,13 @@ def start(control, *arguments) -> subprocess.Popen:
     sys.exit(sweep.main(arguments + sys.argv[1:], {trainer(control)!r}))
   """
   return subprocess.Popen(
-    [sys.executable, "-c", textwrap.dedent(code), *arguments],
+    # The shell's name, then what it becomes.
+    ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]
+    + [sys.executable, "-c", textwrap.dedent(code), *arguments],
     cwd=REPOSITORY,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    preexec_fn=ignore_interrupts,
   )
 
 
