@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 from input_pipeline import ConfigError, storage
 from input_pipeline.command_line import load_config
 from u2pl_jax import writers
+from u2pl_jax.clock import duration
 from u2pl_jax.config_checks import METHODS
 from u2pl_jax.run_log import RunError, read_run
 
@@ -395,12 +396,6 @@ class _Display:
       self._lines = 0
 
 
-def _duration(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02}:{seconds:02}"
-
-
 class _Process:
   """A run that is going on."""
 
@@ -469,7 +464,7 @@ class _Process:
     latest = self._latest
     epoch = latest.get("train/epoch")
     if not epoch:
-      return f"{self._label}: starting, {_duration(self.seconds)}"
+      return f"{self._label}: starting, {duration(self.seconds)}"
     # The line of an evaluation alone has no epoch.
     step = latest["train/step"]
     total = round(step / epoch * self._epochs)
@@ -479,7 +474,7 @@ class _Process:
     left = (total - step) * latest.get("time/seconds_per_step", 0.0)
     # A step of the warm-up takes less time than those that follow.
     is_short = self.job.method == "u2pl" and "train/unsup_loss" not in latest
-    parts.append(f"ETA {'over ' if is_short else ''}{_duration(left)}")
+    parts.append(f"ETA {'over ' if is_short else ''}{duration(left)}")
     return f"{self._label}: {', '.join(parts)}"
 
 
@@ -599,7 +594,7 @@ class Sweep:
           self.entries[job.method, job.seed] = entry
           self.write()
           if entry["finished"]:
-            took = _duration(process.seconds)
+            took = duration(process.seconds)
             display.say(f"{job.name}: done in {took}, mIoU {_mious(entry)}")
           else:
             failed.append(job)
@@ -760,10 +755,17 @@ def _interrupt(*_: Any) -> None:
   raise KeyboardInterrupt
 
 
-if __name__ == "__main__":
-  # The end of a cluster's job, or of a terminal, should not leave runs behind;
-  # nohup has a word in this.
+def heed_signals() -> None:
+  """Has what ends the sweep end its runs too."""
+  # The end of a cluster's job, or of a terminal; nohup has a word in this.
   for number in (signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(number) != signal.SIG_IGN:
       signal.signal(number, _interrupt)
+  # A script's shell has what it starts in the background ignore interrupts. The
+  # runs would inherit that, and an interrupt is how they are ended.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+if __name__ == "__main__":
+  heed_signals()
   sys.exit(main())

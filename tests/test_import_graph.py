@@ -115,7 +115,10 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
       ),
       {"numpy"},
     ),
-    "u2pl_jax.image_strip": (set(), {"PIL", "matplotlib", "numpy"}),
+    "u2pl_jax.image_strip": (
+      _u2pl({"report_images"}),
+      {"PIL", "matplotlib", "numpy"},
+    ),
   }
   below: set[str] = set()
   for level in _LEAF_LEVELS:

@@ -234,16 +234,19 @@ def test_two_at_once(control):
 
 
 def start(control, *arguments) -> subprocess.Popen:
-  """The sweep in a process of its own."""
+  """The sweep in a process of its own, as a script's shell starts it with &."""
   code = f"""
     import sys
     from scripts import sweep
     sweep._POLL_SECONDS = 0.02
+    sweep.heed_signals()
     arguments = [{CONFIG!r}, '--workdir={control.parent}/sweep']
     sys.exit(sweep.main(arguments + sys.argv[1:], {trainer(control)!r}))
   """
   return subprocess.Popen(
-    [sys.executable, "-c", textwrap.dedent(code), *arguments],
+    # The shell's name, then what it becomes.
+    ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]
+    + [sys.executable, "-c", textwrap.dedent(code), *arguments],
     cwd=REPOSITORY,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -274,12 +277,13 @@ def is_alive(pid: int) -> bool:
   return True
 
 
-def test_interrupted_it_ends_its_runs_and_goes_on(control):
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_interrupted_it_ends_its_runs_and_goes_on(control, number):
   tell(control, "u2pl", 0, [0.1, 0.2, 0.3])
   tell(control, "u2pl", 1, [0.1, 0.2, 0.5], wait=True)
   process = start(control, "--seeds=2")
   wait_for((control / "pid.txt").exists)
-  process.send_signal(signal.SIGINT)
+  process.send_signal(number)
   _, err = process.communicate(timeout=20)
   assert process.returncode == 130
   assert err.splitlines()[-1].startswith("error: interrupted; run the same")

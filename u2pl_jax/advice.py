@@ -142,6 +142,11 @@ def _classes(run: Run, metric: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   }
 
 
+def _num_lines(found: dict[str, tuple[np.ndarray, np.ndarray]]) -> int:
+  """Most values that a class of `_classes` has."""
+  return max((values.size for _, values in found.values()), default=0)
+
+
 def _number_of_classes(run: Run) -> int:
   return max(len(run.class_names), len(_classes(run, "train/bank_fill")))
 
@@ -276,7 +281,7 @@ def _collapsed_teacher(run: Run) -> Finding | None:
     # A class that no evaluation met is perhaps in no image at all.
     if run.last("eval/miou") is None or run.last(f"eval/iou/{name}") is not None
   }
-  lines = max((values.size for _, values in shares.values()), default=0)
+  lines = _num_lines(shares)
   if lines < _MIN_LINES:
     return None
   means = {name: _tail(values).mean() for name, (_, values) in shares.items()}
@@ -434,7 +439,7 @@ def _confirmation_bias(run: Run) -> Finding | None:
 def _empty_queues(run: Run) -> Finding | None:
   """Classes without negatives."""
   fills = _classes(run, "train/bank_fill")
-  lines = max((values.size for _, values in fills.values()), default=0)
+  lines = _num_lines(fills)
   if lines < _MIN_LINES:
     return None
   empty = [n for n, (_, v) in fills.items() if v.size and v[-1] < _EMPTY_QUEUE]
@@ -495,7 +500,7 @@ def _rank_window(run: Run) -> Finding | None:
 def _no_unlabelled_keys(run: Run) -> Finding | None:
   """Unlabelled pixels give no negatives: the idea of the method is off."""
   found = _classes(run, "train/key_candidates_u")
-  lines = max((values.size for _, values in found.values()), default=0)
+  lines = _num_lines(found)
   if lines < _MIN_LINES:
     return None
   total = sum(values.sum() for _, values in found.values())

@@ -6,6 +6,8 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from u2pl_jax.report_images import colored
+
 # Pixels: the longer side of each panel, and the gap between two.
 _PANEL_SIZE, _GAP = 256, 4
 
@@ -34,8 +36,8 @@ def image_strip(
   heat = matplotlib.colormaps["magma"](np.clip(scale, 0, 1), bytes=True)
   panels = (
     image,
-    overlay(image, truth, palette),
-    overlay(image, prediction, palette),
+    _overlay(image, truth, palette),
+    _overlay(image, prediction, palette),
     heat[..., :3],
   )
   factor = -(-max(truth.shape) // _PANEL_SIZE)
@@ -49,25 +51,9 @@ def image_strip(
   return np.concatenate(strip[:-1], axis=1)
 
 
-def overlay(
+def _overlay(
   image: np.ndarray, labels: np.ndarray, palette: np.ndarray
 ) -> np.ndarray:
-  """Class colours over the image; a label without class is striped.
-
-  Stripes, since any plain colour may be the colour of a class.
-
-  Args:
-    image: [h, w, 3] uint8.
-    labels: [h, w] int.
-    palette: [k, 3].
-
-  Returns:
-    [h, w, 3] uint8.
-  """
-  num_classes = len(palette)
-  has_class = (labels >= 0) & (labels < num_classes)
-  color = palette[np.where(has_class, labels, 0)].astype(np.float32)
-  y, x = np.indices(labels.shape)
-  stripe = (x + y) // max(2, labels.shape[1] // 64) % 2
-  color = np.where(has_class[..., None], color, 255 * stripe[..., None])
+  """[h, w, 3] uint8: the colours of the classes over the image."""
+  color = colored(labels, palette)[..., :3]
   return (0.4 * image + 0.6 * color).round().astype(np.uint8)

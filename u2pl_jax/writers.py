@@ -15,7 +15,6 @@ clock; such metrics are named `time/...`. TensorBoard keeps both files and shows
 the later one; Weights & Biases keeps the lines it already has, which are equal.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -30,6 +29,7 @@ import numpy as np
 
 from input_pipeline import DatasetInfo, storage
 from u2pl_jax.config_checks import ConfigError
+from u2pl_jax.evaluation_record import digest
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +58,6 @@ def config_digest(config: ml_collections.ConfigDict) -> str:
   for key in MAY_CHANGE:
     values.pop(key, None)
   return digest(values)
-
-
-def digest(value: Any) -> str:
-  """Short digest of a JSON value."""
-  text = json.dumps(value, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_sinks(config: ml_collections.ConfigDict) -> None:
