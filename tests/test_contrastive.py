@@ -107,6 +107,47 @@ def test_info_nce_by_hand():
   np.testing.assert_allclose(loss, [expected], rtol=1e-6)
 
 
+@pytest.mark.parametrize("key_dtype", [jnp.float32, jnp.bfloat16])
+def test_sampled_info_nce_is_the_plain_formula(key_dtype):
+  """Loss and gradient, with an anchor count that no block divides."""
+  k, a, m, d = 3, 11, 7, 16
+  capacities = [30, 20, 20]
+  rng = np.random.default_rng(0)
+  bank = memory_bank.create(capacities, d, key_dtype)
+  keys = rng.standard_normal((70, d), np.float32)
+  keys[5] = 0
+  bank = bank.replace(
+    keys=jnp.asarray(keys, key_dtype), count=jnp.asarray(capacities)
+  )
+  slots = memory_bank.sample_slots(
+    bank, jnp.asarray(rng.integers(0, 2**32, (k, a, m)), jnp.uint32)
+  )
+  assert (slots == 5).any()
+  anchors = jnp.asarray(rng.standard_normal((k, a, d), np.float32))
+  positives = memory_bank.unit(
+    jnp.asarray(rng.standard_normal((k, d), np.float32))
+  )
+  weights = jnp.asarray([1.0, -2.0, 0.5])
+
+  def plain(anchors):
+    anchors = memory_bank.unit(anchors)
+    cosines = memory_bank.negative_cosines(bank, slots, anchors)
+    positive = jnp.einsum("kad,kd->ka", anchors, positives)
+    losses = contrastive.info_nce(positive, cosines, 0.5)
+    return (weights * losses).sum(), losses
+
+  def sampled(anchors):
+    losses = contrastive.sampled_info_nce(
+      bank.keys, slots, memory_bank.unit(anchors), positives, 0.5
+    )
+    return (weights * losses).sum(), losses
+
+  expected, expected_losses = jax.grad(plain, has_aux=True)(anchors)
+  result, losses = jax.grad(sampled, has_aux=True)(anchors)
+  np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
+  np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-7)
+
+
 class TestSelectKeys:
   def select(self, mask, max_keys, num_labelled=6, capacities=(4, 4)):
     bits = None

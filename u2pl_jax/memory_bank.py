@@ -181,8 +181,12 @@ def _classes_of_parts(
 
 def unit(x: Array) -> Array:
   """Rows to length 1; a zero row stays zero, with zero gradient."""
-  square = jnp.square(x).sum(-1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-16))
+  return x * inverse_length(x)[..., None]
+
+
+def inverse_length(x: Array) -> Array:
+  """[..., d] -> [...], 1 / the length of each row, finite for zero."""
+  return jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1), 1e-16))
 
 
 def queue(bank: MemoryBank, class_id: int) -> np.ndarray:
