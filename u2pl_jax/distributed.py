@@ -37,6 +37,9 @@ _BARRIER_TIMEOUT = 24 * 3600
 # fails waits until the others have seen it.
 _POLL, _GRACE = 0.5, 10
 
+# Exit codes that all processes end with: after a signal that all agreed upon.
+_IN_ORDER = (0, None, os.EX_TEMPFAIL)
+
 _FAILURE, _SEEN = "u2pl_jax/failure", "u2pl_jax/seen/"
 _TPU_FIX = (
   "give --coordinator, --num_processes and --process_id, or --num_processes=1"
@@ -393,9 +396,12 @@ def end_together() -> Iterator[None]:
   try:
     yield
   except BaseException as error:
+    if not isinstance(error, SystemExit) or error.code not in _IN_ORDER:
+      done.set()
+      _end(error)
+    raise
+  finally:
     done.set()
-    _end(error)
-  done.set()
 
 
 def error_prefix() -> str:
