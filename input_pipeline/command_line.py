@@ -2,7 +2,7 @@
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import ml_collections
@@ -45,6 +45,29 @@ def parse_flags(
   if needs_config and not has_config:
     fail("--config is missing: for example --config=configs/voc_1464.py", code)
   return arguments
+
+
+def define_processes() -> Callable[[], dict[str, str | int | None]]:
+  """Defines the flags of a command that several processes may run together.
+
+  Returns:
+    Called after parsing: what they say, as `u2pl_jax.distributed.initialize`
+    takes it.
+  """
+  holders = {
+    "coordinator": flags.DEFINE_string(
+      "coordinator", None, "host:port of process 0, where all processes meet."
+    ),
+    "num_processes": flags.DEFINE_integer(
+      "num_processes",
+      None,
+      "How many there are; 1 alone: this one, whatever SLURM says.",
+    ),
+    "process_id": flags.DEFINE_integer(
+      "process_id", None, "Which one this is, from 0."
+    ),
+  }
+  return lambda: {name: holder.value for name, holder in holders.items()}
 
 
 def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:

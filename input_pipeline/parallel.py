@@ -14,8 +14,17 @@ import tqdm
 _SILENT_SECONDS = 0.5
 _LOG_SECONDS = 30
 
+# Of several processes that do the same only one shows it.
+_is_shown = True
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+
+
+def show_no_progress() -> None:
+  """From now on no bar of this process is shown."""
+  global _is_shown
+  _is_shown = False
 
 
 def progress(
@@ -35,6 +44,7 @@ def progress(
     unit_scale=scale,
     delay=_SILENT_SECONDS,
     mininterval=0.2 if sys.stderr.isatty() else _LOG_SECONDS,
+    disable=not _is_shown,
   )
 
 

@@ -99,12 +99,7 @@ def make_train_stream(
     prefetch=(prefetch, 0),
     shard_count=(shard_count, 1),
   )
-  if not 0 <= shard_index < shard_count:
-    raise ValueError(f"shard_index {shard_index} must be in 0 ... shard_count")
-  if batch_size % shard_count:
-    raise ValueError(
-      f"batch_size {batch_size} must be a multiple of shard_count {shard_count}"
-    )
+  _check_shard(batch_size, shard_index, shard_count)
   load = _LoadTrainExample(
     source,
     tuple(ids),
@@ -164,6 +159,8 @@ def make_eval_stream(
   with_labels: bool = True,
   num_threads: int = 4,
   prefetch: int = 4,
+  shard_index: int = 0,
+  shard_count: int = 1,
 ) -> Iterator[Batch]:
   """A finite stream of whole images, each exactly once and in order.
 
@@ -193,11 +190,13 @@ def make_eval_stream(
     with_labels: whether to read masks; False never touches a mask file.
     num_threads: threads that build batches; 0 builds them when asked for.
     prefetch: batches to keep ready, raised to num_threads.
+    shard_index, shard_count: as for `make_train_stream`. Of the images of
+      other shards only the headers are read, for their sizes.
 
   Returns:
     An iterator with close(), a context manager. It yields image uint8
     [b, h, w, 3], label uint8 [b, h, w] (with_labels only), valid_box int32
-    [b, 4], index int32 [b] and is_real bool [b].
+    [b, 4], index int32 [b] and is_real bool [b], with b rows of this shard.
 
   Raises:
     DataError: `ids` is empty, an image is missing, unreadable or larger than
@@ -210,7 +209,14 @@ def make_eval_stream(
     batch_size=(batch_size, 1),
     num_threads=(num_threads, 0),
     prefetch=(prefetch, 0),
+    shard_count=(shard_count, 1),
   )
+  _check_shard(batch_size, shard_index, shard_count)
+  if row_multiple is not None and row_multiple % shard_count:
+    raise ValueError(
+      f"row_multiple {row_multiple} must be a multiple of shard_count"
+      f" {shard_count}"
+    )
   if center_crop and pad_to is None:
     raise ValueError("center_crop needs the size of the crop in pad_to")
   if (window is None) != (stride is None) or (window and pad_to):
@@ -234,6 +240,8 @@ def make_eval_stream(
     mask_format,
     center_crop,
     window,
+    shard_index,
+    shard_count,
   )
   batches = grain.MapDataset.source(plan).map(load)
   stream = batches.to_iter_dataset(_read_options(num_threads, prefetch))
@@ -362,15 +370,24 @@ class _LoadEvalBatch:
   mask_format: datasets.MaskFormat
   center_crop: bool
   window: tuple[int, int] | None
+  shard_index: int
+  shard_count: int
 
   def __call__(self, plan: _EvalBatch) -> Mapping:
-    num_real = len(plan.indices)
-    shape = (plan.num_rows, *plan.size)
+    num_rows = plan.num_rows // self.shard_count
+    # Of the batch of all shards.
+    rows = np.arange(num_rows) + self.shard_index * num_rows
+    is_real = rows < len(plan.indices)
+    index = np.asarray(plan.indices, np.int32)[
+      np.minimum(rows, len(plan.indices) - 1)
+    ]
+    shape = (num_rows, *plan.size)
     image = np.zeros((*shape, 3), np.uint8)
     label = np.full(shape, self.ignore_label, np.uint8)
-    valid_box = np.zeros((plan.num_rows, 4), np.int32)
-    index = np.empty(plan.num_rows, np.int32)
-    for row, position in enumerate(plan.indices):
+    valid_box = np.zeros((num_rows, 4), np.int32)
+    # One image at least: a shard of fillers alone shows the last one too.
+    num_read = max(1, int(is_real.sum()))
+    for row, position in enumerate(index[:num_read].tolist()):
       try:
         photo, mask = _load(self, self.ids[position])
       except errors.DataError as error:
@@ -392,17 +409,16 @@ class _LoadEvalBatch:
         }
       box = np.s_[row, top : top + h, left : left + w]
       image[box] = photo
-      if mask is not None:
+      if mask is not None and is_real[row]:
         label[box] = mask
       valid_box[row] = top, left, top + h, left + w
-      index[row] = position
-    for filled in (image, valid_box, index):
-      filled[num_real:] = filled[num_real - 1]
+    for filled in (image, valid_box):
+      filled[num_read:] = filled[num_read - 1]
     batch = {
       "image": image,
       "valid_box": valid_box,
       "index": index,
-      "is_real": np.arange(plan.num_rows) < num_real,
+      "is_real": is_real,
     }
     if self.with_labels:
       batch["label"] = label
@@ -494,6 +510,15 @@ def _stack(examples: Sequence[Mapping]) -> Mapping:
   return {
     key: np.stack([example[key] for example in examples]) for key in examples[0]
   }
+
+
+def _check_shard(batch_size: int, shard_index: int, shard_count: int) -> None:
+  if not 0 <= shard_index < shard_count:
+    raise ValueError(f"shard_index {shard_index} must be in 0 ... shard_count")
+  if batch_size % shard_count:
+    raise ValueError(
+      f"batch_size {batch_size} must be a multiple of shard_count {shard_count}"
+    )
 
 
 def _read_options(num_threads: int, prefetch: int) -> grain.ReadOptions:

@@ -96,16 +96,19 @@ def test_confidence_of_what_counts():
   # Logits +-3.1 (red 255), +-2 (red 0), and a tie in the padding.
   bright, dark = 1 / (1 + np.exp(-6.2)), 1 / (1 + np.exp(-4.0))
   found, _ = counts("padded")
-  calibration = np.zeros((15, 2), int)
-  calibration[14] = 3, 2
+  # Of the image, and of the filler.
+  calibration = np.zeros((2, 15, 2), int)
+  calibration[0, 14] = 3, 2
   assert found["calibration"].tolist() == calibration.tolist()
   np.testing.assert_allclose(
-    found["confidence"], [0] * 14 + [2 * bright + dark], rtol=1e-5
+    found["confidence"],
+    [[0] * 14 + [2 * bright + dark], [0] * 15],
+    rtol=1e-5,
   )
   found, _ = counts("center_crop")
   # 0.5 lies in (7 / 15, 8 / 15].
-  assert found["calibration"][7].tolist() == [2, 2]
-  assert found["confidence"][7] == pytest.approx(1)
+  assert found["calibration"][0, 7].tolist() == [2, 2]
+  assert found["confidence"][0, 7] == pytest.approx(1)
 
 
 def test_predict_step_gives_classes_and_entropy():

@@ -65,7 +65,12 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
       {"flax", "jax", "numpy", "torch"},
     ),
     "u2pl_jax.sharding": (set(), {"jax", "numpy"}),
-    "u2pl_jax.checkpoint": (set(), {"flax", "jax", "numpy", "orbax"}),
+    "u2pl_jax.distributed": ({"input_pipeline"}, {"jax", "numpy"}),
+    "u2pl_jax.checksum": (_u2pl({"distributed"}), {"jax", "numpy"}),
+    "u2pl_jax.checkpoint": (
+      _u2pl({"checksum", "distributed"}),
+      {"flax", "jax", "numpy", "orbax"},
+    ),
     "u2pl_jax.tiling": (
       _u2pl({"evaluation", "images", "sharding", "train_state"}),
       maths,

@@ -84,7 +84,8 @@ class Program:
     semi_supervised_step: compiled `(state, labelled, unlabelled dicts) ->
       (state, metrics)`; None for the supervised method.
     evaluator: counts pixels under the config's protocol.
-    predict_step: compiled `(variables, batch dict) -> (classes, entropy)`.
+    predict_step: compiled `(variables, batch dict) -> (classes, entropy)`, on
+      the devices of this process alone.
     create_state: `() -> TrainState` at step 0, on the devices of the mesh.
   """
 
@@ -362,9 +363,11 @@ def build(
       # The same for a teacher with weights of its own.
       for line in reports[0]:
         logger.info(line)
-    return jax.device_put(state, state_split)
+    return sharding.put(state, state_split)
 
   pixels = {"mean": recipe.mean, "std": recipe.std}
+  own = sharding.local_mesh(mesh)
+  own_repl = sharding.replicated(own)
   return Program(
     mesh=mesh,
     model=model,
@@ -385,8 +388,8 @@ def build(
     ),
     predict_step=jax.jit(
       make_predict_step(model, **pixels),
-      in_shardings=(repl, split),
-      out_shardings=repl,
+      in_shardings=(own_repl, sharding.batch_sharded(own)),
+      out_shardings=own_repl,
     ),
     create_state=create_state,
   )

@@ -10,16 +10,19 @@ next one; what is damaged later is skipped here.
 """
 
 import dataclasses
+import json
 import logging
 import pathlib
 import shutil
-import zlib
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
+
+from u2pl_jax import checksum as checksum_lib
+from u2pl_jax import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,11 @@ class _LatestAndBest:
 
 
 class Checkpoints:
-  """Saves and restores the states of one run."""
+  """Saves and restores the states of one run.
+
+  Every process must call its methods: each writes and reads its share, the
+  first one alone removes and renames.
+  """
 
   def __init__(self, workdir: pathlib.Path, *, keep: int):
     """Opens the folder, which is created at need.
@@ -88,6 +95,7 @@ class Checkpoints:
     self._policy = _LatestAndBest(keep)
     if jax.process_index() == 0:
       _remove_unfinished(self.directory)
+    distributed.wait_for_all()
     self._manager = ocp.CheckpointManager(
       self.directory,
       item_handlers={
@@ -116,7 +124,14 @@ class Checkpoints:
         the best step and the contenders.
     """
     self._policy.kept = {meta.best_step, *meta.contenders}
-    stored_meta = {**dataclasses.asdict(meta), "checksum": _checksum(state)}
+    checksum = _checksum(state)
+    # Every process writes a share of what all have.
+    distributed.check_equal(
+      f"{checksum:08x}",
+      "other parameters than process 0, though both did the same steps: the run"
+      " cannot be saved; it can go on from its last checkpoint",
+    )
+    stored_meta = {**dataclasses.asdict(meta), "checksum": checksum}
     self._manager.save(
       meta.step,
       args=ocp.args.Composite(
@@ -147,20 +162,29 @@ class Checkpoints:
         another config, other lists or another network.
     """
     unreadable: dict[int, str] = {}
-    for step in reversed(self.steps()):
+    # One list for all processes, each of which may see another one for a while.
+    steps = json.loads(distributed.share(json.dumps(self.steps())))
+    for step in reversed(steps):
+      problem = ""
       try:
         meta, checksum = _read_meta(self.directory / str(step), step)
         stored = self._read_structure(step)
       except Exception as error:  # Damage shows as a dozen types of errors.
-        unreadable[step] = _first_line(error)
+        problem = _first_line(error)
+      if problem := distributed.first_problem(problem):
+        unreadable[step] = problem
         continue
       self._check_belongs(meta, stored, like, config=config, lists=lists)
       try:
         state = self._read_state(step, like)
-        if _checksum(state) != checksum:
-          raise ValueError("the bytes are not those that were saved")
       except Exception as error:
-        unreadable[step] = _first_line(error)
+        problem = _first_line(error)
+      problem = distributed.first_problem(problem)
+      # Only now: to compute it takes all processes.
+      if not problem and _checksum(state) != checksum:
+        problem = "the bytes are not those that were saved"
+      if problem := distributed.first_problem(problem):
+        unreadable[step] = problem
         continue
       if unreadable:
         self._set_aside(unreadable, used=step)
@@ -184,13 +208,17 @@ class Checkpoints:
 
   def _read_structure(self, step: int) -> dict[str, tuple]:
     """Shape and type of every array, by name."""
-    tree = self._manager.item_metadata(step).state.tree
+    folder = self.directory / str(step) / "state"
+    tree = ocp.StandardCheckpointHandler().metadata(folder).tree
     leaves = traverse_util.flatten_dict(tree, sep="/")
     return {k: (tuple(v.shape), str(v.dtype)) for k, v in leaves.items()}
 
   def _read_state(self, step: int, like: Any) -> Any:
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(_to_tree(like)))
-    tree = self._manager.restore(step, args=args).state
+    # Not by the manager: it would wait for a process that cannot read.
+    tree = ocp.StandardCheckpointHandler().restore(
+      self.directory / str(step) / "state",
+      args=ocp.args.StandardRestore(_to_tree(like)),
+    )
     arrays = traverse_util.flatten_dict(tree, sep="/")
     names, _, treedef = _flatten(like)
     return treedef.unflatten([arrays[name] for name in names])
@@ -243,6 +271,7 @@ class Checkpoints:
           number += 1
           target = folder / f"{step}_{number}"
         (self.directory / str(step)).rename(target)
+    distributed.wait_for_all()
     self._manager.reload()
 
 
@@ -379,23 +408,13 @@ def _to_tree(state: Any) -> dict:
 
 
 def _checksum(state: Any) -> int:
-  """CRC-32 over all names and bytes, in the order of the names.
+  """Of all names and bytes.
 
   Orbax notices what is missing or cut short, but not a flipped bit or a block
-  that a power cut left full of zeros. About a second a gigabyte.
+  that a power cut left full of zeros.
   """
   names, leaves, _ = _flatten(state)
-  crc = 0
-  # Sorted: whoever reads the files alone knows the names but not their order.
-  for name, leaf in sorted(zip(names, leaves, strict=True), key=_first):
-    crc = zlib.crc32(name.encode(), crc)
-    array = np.ascontiguousarray(np.asarray(leaf))
-    crc = zlib.crc32(array.reshape(-1).view(np.uint8), crc)
-  return crc
-
-
-def _first(pair: tuple) -> Any:
-  return pair[0]
+  return checksum_lib.checksum(names, leaves)
 
 
 def _describe(array: tuple | None) -> str:

@@ -175,17 +175,21 @@ def open_eval_stream(
   *,
   protocol: Protocol | None = None,
   batch_size: int | None = None,
+  whole: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Whole images with labels, in the form of a protocol.
 
   Args:
     config, data: of the run.
     ids: the images.
-    protocol, batch_size: None takes those of the config.
+    protocol: None takes that of the config.
+    batch_size: rows over all processes; None takes that of the config.
+    whole: all rows of every batch, not only those of this process's devices.
   """
   protocol = eval_protocol(config) if protocol is None else protocol
   is_padded = protocol.name in ("padded", "center_crop")
   is_windows = protocol.name == "sliding_window"
+  num_devices = jax.local_device_count() if whole else jax.device_count()
   return make_eval_stream(
     data.source,
     ids,
@@ -195,11 +199,13 @@ def open_eval_stream(
     window=protocol.size if is_windows else None,
     stride=protocol.stride if is_windows else None,
     # The only one with many sizes: fillers would be most of the work.
-    row_multiple=jax.device_count() if protocol.name == "whole" else None,
+    row_multiple=num_devices if protocol.name == "whole" else None,
     num_classes=data.info.num_classes,
     ignore_label=config.dataset.ignore_label,
     mask_format=data.info.mask_format(config.dataset.mask_format),
     with_labels=True,
     num_threads=config.input.num_threads,
     prefetch=config.input.prefetch,
+    shard_index=0 if whole else jax.process_index(),
+    shard_count=1 if whole else jax.process_count(),
   )

@@ -6,9 +6,11 @@ python -m u2pl_jax.evaluate --checkpoint=u2pl.pth --config=configs/voc_1464.py
   --output=evaluations/published
 python -m u2pl_jax.evaluate --compare evaluations/a evaluations/b
 
-docs/evaluation.md says what the protocols and the numbers mean.
+docs/evaluation.md says what the protocols and the numbers mean. Several
+processes share the images out as in training, see docs/many_hosts.md.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -21,7 +23,12 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from input_pipeline import ConfigError, DataError, parallel, storage
-from input_pipeline.command_line import CONFIG, fail, parse_flags
+from input_pipeline.command_line import (
+  CONFIG,
+  define_processes,
+  fail,
+  parse_flags,
+)
 from u2pl_jax import evaluation_record
 from u2pl_jax.evaluation_record import EvaluationRecord, RecordError
 
@@ -80,6 +87,7 @@ _BATCH = flags.DEFINE_integer(
 _COMPARE = flags.DEFINE_string(
   "compare", None, "Folders A B of two evaluations: prints B - A."
 )
+_PROCESSES = define_processes()
 
 
 def _evaluate() -> None:
@@ -100,7 +108,7 @@ def _evaluate() -> None:
     load_info,
     prepare_dataset,
   )
-  from u2pl_jax import sharding, writers
+  from u2pl_jax import distributed, sharding, writers
   from u2pl_jax.config_checks import eval_protocol
   from u2pl_jax.data import load_eval_data
   from u2pl_jax.evaluation import EvalSettings
@@ -124,7 +132,8 @@ def _evaluate() -> None:
       f" has {_classes(info.class_names)}: choose the config of its data set"
     )
   check_labels(config.dataset, num_classes=info.num_classes)
-  prepare_dataset(config.dataset)
+  with distributed.in_turn():
+    prepare_dataset(config.dataset)
   data = load_eval_data(config, info, split=_SPLIT.value, list_file=_LIST.value)
 
   evaluator = Evaluator(
@@ -139,8 +148,10 @@ def _evaluate() -> None:
       std=trained.info.std,
     ),
   )
-  print(_network(trained.path, trained.step, trained.weights))
-  print(_describe(protocol.settings()), flush=True)
+  is_main = jax.process_index() == 0
+  if is_main:
+    print(_network(trained.path, trained.step, trained.weights))
+    print(_describe(protocol.settings()), flush=True)
   start = time.perf_counter()
   with parallel.progress(len(data.validation), "evaluating", "image") as bar:
     counts = evaluate_images(
@@ -152,6 +163,9 @@ def _evaluate() -> None:
       update=bar.update,
     )
   seconds = time.perf_counter() - start
+  if not is_main:
+    distributed.wait_for_all()
+    return
   record = evaluator.record(
     counts,
     checkpoint=trained.path,
@@ -168,6 +182,7 @@ def _evaluate() -> None:
     f" {_count(evaluator.num_compilations, 'compilation')}, {seconds:.1f} s;"
     f" written to {_OUTPUT.value}"
   )
+  distributed.wait_for_all()
 
 
 def _scales() -> tuple[float, ...]:
@@ -325,26 +340,32 @@ def _write_comparison(path: str, comparison: Mapping[str, Any]) -> None:
 def main(arguments: list[str]) -> None:
   absl_logging.set_verbosity(absl_logging.WARNING)
   errors = [ConfigError, DataError, RecordError]
-  try:
-    if _COMPARE.value is not None:
-      if len(arguments) != 2:
-        raise ConfigError("--compare needs two folders: --compare A B")
-      _compare(_COMPARE.value, arguments[1])
-      return
-    if len(arguments) > 1:
-      raise ConfigError(
-        f"unexpected argument {arguments[1]!r}: flags begin with --"
-      )
-    from u2pl_jax.checkpoint import CheckpointError
-    from u2pl_jax.models.weight_files import WeightsError
-    from u2pl_jax.trained import TrainedError
+  prefix = ""
+  with contextlib.ExitStack() as stack:
+    try:
+      if _COMPARE.value is not None:
+        if len(arguments) != 2:
+          raise ConfigError("--compare needs two folders: --compare A B")
+        _compare(_COMPARE.value, arguments[1])
+        return
+      if len(arguments) > 1:
+        raise ConfigError(
+          f"unexpected argument {arguments[1]!r}: flags begin with --"
+        )
+      from u2pl_jax import distributed
+      from u2pl_jax.checkpoint import CheckpointError
+      from u2pl_jax.models.weight_files import WeightsError
+      from u2pl_jax.trained import TrainedError
 
-    errors += [CheckpointError, TrainedError, WeightsError]
-    _evaluate()
-  except tuple(errors) as error:
-    fail(str(error))
-  except KeyboardInterrupt:
-    fail("interrupted: nothing was written", code=130)
+      errors += [CheckpointError, TrainedError, WeightsError]
+      distributed.initialize(**_PROCESSES())
+      prefix = distributed.error_prefix()
+      stack.enter_context(distributed.end_together())
+      _evaluate()
+    except tuple(errors) as error:
+      fail(prefix + str(error))
+    except KeyboardInterrupt:
+      fail(f"{prefix}interrupted: nothing was written", code=130)
 
 
 if __name__ == "__main__":

@@ -349,8 +349,9 @@ def count_pixels(
     confidence: [b, h, w] float32, the probability of the class.
 
   Returns:
-    confusions [b, k, k] int32, calibration [bins, 2] int32 (pixels, right) and
-    confidence [bins] float32 (sums), see `pixel_counts`.
+    For each image, so that no sum depends on how images lie on devices:
+    confusions [b, k, k] int32, calibration [b, bins, 2] int32 (pixels, right)
+    and confidence [b, bins] float32 (sums), see `pixel_counts`.
   """
   labels = batch["label"].astype(jnp.int32)
   inside = inside_box(batch["valid_box"], *labels.shape[1:3])
@@ -358,12 +359,9 @@ def count_pixels(
   labels = jnp.where(inside, labels, outside)
   is_real = batch["is_real"][:, None, None]
   labels = jnp.where(is_real, labels, settings.ignore_label)
-  calibration, confidence = calibration_counts(
-    confidence,
-    classes == labels,
-    labels != settings.ignore_label,
-    num_bins=NUM_BINS,
-  )
+  calibration, confidence = jax.vmap(
+    functools.partial(calibration_counts, num_bins=NUM_BINS)
+  )(confidence, classes == labels, labels != settings.ignore_label)
   return {
     "confusions": confusion_matrices(
       labels,

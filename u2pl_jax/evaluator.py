@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from input_pipeline.boundary import boundary_counts
-from u2pl_jax import sharding
+from u2pl_jax import distributed, sharding
 from u2pl_jax.data import Data, open_eval_stream
 from u2pl_jax.evaluation import (
   NUM_BINS,
@@ -39,7 +39,7 @@ _MANY_SHAPES = 8
 # Batches whose counts may be waiting: the device works while the host reads.
 _MAX_IN_FLIGHT = 2
 
-_BATCH_KEYS = ("image", "label", "valid_box", "is_real")
+_BATCH_KEYS = ("image", "label", "valid_box", "is_real", "index")
 
 Boundary = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -64,7 +64,7 @@ class Evaluator:
 
   Attributes:
     protocol: of the evaluation.
-    shapes: (rows, height, width) of the batches so far.
+    shapes: (rows of this process, height, width) of the batches so far.
     num_compilations: of the programs that contain the network.
   """
 
@@ -82,11 +82,15 @@ class Evaluator:
     self._num_classes = settings.num_classes
     replicated = sharding.replicated(mesh)
     split = sharding.batch_sharded(mesh)
+    # All processes have all counts, but each the classes of its rows alone.
+    results = (replicated, split)
     if protocol.num_passes == 1:
       self._eval_step = jax.jit(
-        self._counting(make_eval_step(model, protocol, settings)),
+        self._counting(
+          _with_index(make_eval_step(model, protocol, settings), batch_at=1)
+        ),
         in_shardings=(replicated, split),
-        out_shardings=replicated,
+        out_shardings=results,
       )
       return
     self._pass_steps = {
@@ -99,9 +103,9 @@ class Evaluator:
       for scale in protocol.scales
     }
     self._count_step = jax.jit(
-      make_count_step(protocol, settings),
+      _with_index(make_count_step(protocol, settings), batch_at=0),
       in_shardings=(split, split),
-      out_shardings=replicated,
+      out_shardings=results,
     )
     self._zeros = jax.jit(
       functools.partial(jnp.zeros, dtype=jnp.float32),
@@ -128,18 +132,20 @@ class Evaluator:
     boundary: Boundary | None = None,
     update: Callable[[int], object] | None = None,
   ) -> Counts:
-    """Counts the pixels of all images of a stream.
+    """Counts the pixels of all images of a stream, over all processes.
 
     Args:
       variables: of the network, on the host or the devices.
-      stream: of `data.open_eval_stream` for the same protocol.
+      stream: of `data.open_eval_stream` for the same protocol: the rows of
+        this process.
       num_images: n, how many images the stream has.
       boundary: (truth, prediction), both uint8 [h, w] -> [k, 2], called for
-        every image in threads of this process; None counts no boundaries.
+        every image of these rows in threads; None counts no boundaries.
       update: called with the number of images that are done.
 
     Returns:
-      `Counts` in the order of the stream's list of ids.
+      `Counts` in the order of the stream's list of ids, the same on every
+      process.
     """
     k = self._num_classes
     confusions = np.zeros((num_images, k, k), np.int64)
@@ -147,7 +153,7 @@ class Evaluator:
     boundaries = None
     if boundary is not None:
       boundaries = np.zeros((num_images, k, 2), np.int64)
-    variables = jax.device_put(variables, sharding.replicated(self._mesh))
+    variables = sharding.put(variables, sharding.replicated(self._mesh))
 
     with contextlib.ExitStack() as stack:
       executor = stack.enter_context(
@@ -157,17 +163,18 @@ class Evaluator:
       def collect(batch: Mapping[str, np.ndarray], results: tuple) -> None:
         counts, classes = results
         counts = jax.device_get(counts)
-        rows = np.flatnonzero(batch["is_real"])
-        confusions[batch["index"][rows]] = counts["confusions"][rows]
-        calibration[:, (0, 2)] += counts["calibration"]
-        calibration[:, 1] += counts["confidence"]
+        is_real = counts["is_real"]
+        confusions[counts["index"][is_real]] = counts["confusions"][is_real]
+        calibration[:, (0, 2)] += counts["calibration"].sum(0, dtype=np.int64)
+        calibration[:, 1] += counts["confidence"].sum(0, dtype=np.float64)
         if boundary is not None:
-          pairs = _contents(batch, np.asarray(classes), rows)
+          rows = np.flatnonzero(batch["is_real"])
+          pairs = _contents(batch, sharding.local_rows(classes), rows)
           found = executor.map(lambda pair: boundary(*pair), pairs)
           for row, value in zip(rows, found, strict=True):
             boundaries[batch["index"][row]] = value
         if update is not None:
-          update(len(rows))
+          update(int(is_real.sum()))
 
       in_flight = collections.deque()
       for batch in stream:
@@ -176,6 +183,8 @@ class Evaluator:
           collect(*in_flight.popleft())
       while in_flight:
         collect(*in_flight.popleft())
+    if boundary is not None:
+      boundaries = distributed.gather(boundaries).sum(0)
     return Counts(confusions, boundaries, calibration)
 
   def record(
@@ -218,7 +227,7 @@ class Evaluator:
           " so far; 'padded' and 'sliding_window' need one or a few",
           _MANY_SHAPES,
         )
-    put = functools.partial(sharding.put_whole_batch, self._mesh)
+    put = functools.partial(sharding.put_batch, self._mesh)
     on_device = put({name: batch[name] for name in _BATCH_KEYS})
 
     def at_scale(scale: float) -> dict[str, jax.Array]:
@@ -227,12 +236,27 @@ class Evaluator:
 
     if self.protocol.num_passes == 1:
       return self._eval_step(variables, at_scale(self.protocol.scales[0]))
-    total = self._zeros((*shape, self._num_classes))
+    num_rows = on_device["image"].shape[0]
+    total = self._zeros((num_rows, *shape[1:], self._num_classes))
     for scale in self.protocol.scales:
       scaled = at_scale(scale)
       for flip in (False, True) if self.protocol.flip else (False,):
         total = self._pass_steps[scale](variables, scaled, total, flip)
     return self._count_step(on_device, total)
+
+
+def _with_index(step: Callable, *, batch_at: int) -> Callable:
+  """The counts also say which image each row is: on every process."""
+
+  @functools.wraps(step)
+  def counted(*args):
+    counts, classes = step(*args)
+    batch = args[batch_at]
+    return counts | {
+      name: batch[name] for name in ("index", "is_real")
+    }, classes
+
+  return counted
 
 
 def _contents(

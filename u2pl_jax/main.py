@@ -2,6 +2,9 @@
 
 python -m u2pl_jax.main --config=configs/voc_1464.py
 python -m u2pl_jax.main --config=configs/voc_1464.py:seed=3 --workdir=runs/3
+
+Several processes: srun, a TPU pod, or the flags --coordinator, --num_processes
+and --process_id; docs/many_hosts.md.
 """
 
 import logging
@@ -10,11 +13,17 @@ import os
 from absl import app, flags
 from absl import logging as absl_logging
 
-from input_pipeline.command_line import CONFIG, fail, parse_flags
+from input_pipeline.command_line import (
+  CONFIG,
+  define_processes,
+  fail,
+  parse_flags,
+)
 
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run. Default: runs/<config.name>."
 )
+_PROCESSES = define_processes()
 
 
 def main(_: list[str]) -> None:
@@ -27,25 +36,39 @@ def main(_: list[str]) -> None:
   logger.propagate = False
 
   from input_pipeline import DataError
-  from u2pl_jax import train
+  from u2pl_jax import distributed
   from u2pl_jax.checkpoint import CheckpointError
   from u2pl_jax.config_checks import ConfigError
   from u2pl_jax.run_log import RunError
 
+  # Before any other use of jax.
+  try:
+    distributed.initialize(**_PROCESSES())
+  except ConfigError as error:
+    fail(str(error))
+  prefix = distributed.error_prefix()
+  if prefix:
+    logger.setLevel(logging.WARNING)
+    form = f"%(asctime)s {prefix}%(message)s"
+    handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))
+
+  from u2pl_jax import train
+
   workdir = _WORKDIR.value or os.path.join("runs", CONFIG.value.name)
   diverged = train.TrainingDivergedError
-  try:
-    train.train_and_evaluate(CONFIG.value, workdir)
-  except (
-    DataError,
-    ConfigError,
-    CheckpointError,
-    RunError,
-    diverged,
-  ) as error:
-    fail(str(error))
-  except KeyboardInterrupt as interrupt:
-    fail(str(interrupt) or "interrupted", code=130)
+  with distributed.end_together():
+    try:
+      train.train_and_evaluate(CONFIG.value, workdir)
+    except (
+      DataError,
+      ConfigError,
+      CheckpointError,
+      RunError,
+      diverged,
+    ) as error:
+      fail(prefix + str(error))
+    except KeyboardInterrupt as interrupt:
+      fail(prefix + (str(interrupt) or "interrupted"), code=130)
 
 
 if __name__ == "__main__":

@@ -143,8 +143,9 @@ def make_method_step(
 class Reporter:
   """Draws the page of a run as it goes on, with pictures of its best network.
 
-  One object a run, since it keeps compiled programs. Every process must call
-  its methods; the first one writes.
+  One object a run, since it keeps compiled programs. Of several processes one
+  draws, with its own devices alone: if it cannot read a file, nobody is left
+  waiting in the middle of the network.
   """
 
   def __init__(
@@ -167,12 +168,14 @@ class Reporter:
     self._data = data
     self._workdir = workdir
     self._devices = devices
-    self._is_main = jax.process_index() == 0
     # Whether `draw` has pictures of the best network, and those not written.
     self._taken = False
     self._unwritten: Pictures | None = None
-    repl = sharding.replicated(program.mesh)
-    split = sharding.batch_sharded(program.mesh)
+    self._mesh = sharding.local_mesh(program.mesh)
+    # As many images on a device as in the evaluation.
+    self._batch_size = config.eval.batch // jax.process_count()
+    repl = sharding.replicated(self._mesh)
+    split = sharding.batch_sharded(self._mesh)
     self._method_step = jax.jit(
       make_method_step(program.model, program.recipe),
       in_shardings=(repl, split, repl),
@@ -243,7 +246,6 @@ class Reporter:
       DataError: see `take`.
     """
     try:
-      # The same answer on every process, since taking pictures needs all.
       known = self._taken or report.pictured_step(self._workdir) == best_step
       if not known:
         self._unwritten = self.take(
@@ -254,9 +256,8 @@ class Reporter:
         )
       if self._unwritten is not None:
         self._write()
-      if self._is_main:
-        # For the tables of the whole run, which `draw` does not write.
-        report.refresh_report(self._workdir)
+      # For the tables of the whole run, which `draw` does not write.
+      report.refresh_report(self._workdir)
     except OSError as error:
       raise RunError(
         f"{error.filename or self.page}: the report cannot be written"
@@ -310,7 +311,7 @@ class Reporter:
   def samples(
     self, variables: Variables, picked: Sequence[tuple[str, str]]
   ) -> tuple[Sample, ...]:
-    """What a network makes of validation images.
+    """What a network makes of validation images; computed on this process.
 
     Args:
       variables: of the network, replicated over the devices.
@@ -323,7 +324,10 @@ class Reporter:
       return ()
     ids = tuple(image_id for image_id, _ in picked)
     found = {}
-    stream = open_eval_stream(self._config, self._data, ids)
+    variables = sharding.put_locally(self._program.mesh, variables)
+    stream = open_eval_stream(
+      self._config, self._data, ids, batch_size=self._batch_size, whole=True
+    )
     with contextlib.closing(stream):
       for batch in stream:
         classes, entropies = jax.device_get(
@@ -349,14 +353,15 @@ class Reporter:
   ) -> tuple[MethodSample, ...]:
     """Some unlabelled images; of one larger than eval.pad_to the middle."""
     config, data = self._config, self._data
-    count = min(_METHOD_IMAGES, config.eval.batch, len(data.unlabelled))
+    variables = sharding.put_locally(self._program.mesh, variables)
+    count = min(_METHOD_IMAGES, self._batch_size, len(data.unlabelled))
     # From all over the list: neighbours may be frames of the same scene.
     places = np.linspace(0, len(data.unlabelled) - 1, count).round().astype(int)
     ids = tuple(data.unlabelled[place] for place in places)
     stream = make_eval_stream(
       data.source,
       ids,
-      batch_size=config.eval.batch,
+      batch_size=self._batch_size,
       pad_to=tuple(config.eval.pad_to),
       center_crop=True,
       num_classes=data.info.num_classes,
@@ -421,23 +426,20 @@ class Reporter:
 
   def _write(self) -> None:
     """Writes what was taken; it stays in memory if that fails."""
-    if self._is_main:
-      pixels = report.labelled_pixels(self._workdir)
-      report.write_report(
-        self._workdir,
-        self._unwritten,
-        self._data.info,
-        self._config.dataset.ignore_label,
-        devices=self._devices,
-        # All labelled masks are read, but once a workdir.
-        labelled_pixels=pixels or self._labelled_pixels(),
-      )
+    pixels = report.labelled_pixels(self._workdir)
+    report.write_report(
+      self._workdir,
+      self._unwritten,
+      self._data.info,
+      self._config.dataset.ignore_label,
+      devices=self._devices,
+      # All labelled masks are read, but once a workdir.
+      labelled_pixels=pixels or self._labelled_pixels(),
+    )
     self._unwritten = None
 
   def _put(self, batch: Mapping[str, np.ndarray], *names: str) -> dict:
-    return sharding.put_whole_batch(
-      self._program.mesh, {name: batch[name] for name in names}
-    )
+    return sharding.put_batch(self._mesh, {name: batch[name] for name in names})
 
 
 def _inside(batch: Mapping[str, np.ndarray], row: int) -> Any:

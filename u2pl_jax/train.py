@@ -22,8 +22,8 @@ import numpy as np
 
 from input_pipeline.dataset_config import load_info, prepare_dataset
 from input_pipeline.split_families import identify_split
+from u2pl_jax import distributed, plateau, sharding, writers
 from u2pl_jax import optimizer as optimizer_lib
-from u2pl_jax import plateau, sharding, writers
 from u2pl_jax.build import (
   DataSpec,
   Program,
@@ -105,14 +105,19 @@ def train_and_evaluate(
     KeyboardInterrupt: with a line that says how to go on.
   """
   workdir = pathlib.Path(workdir)
+  is_main = jax.process_index() == 0
   info = load_info(config.dataset)
   check_config(
     config, num_classes=info.num_classes, num_devices=jax.device_count()
   )
   writers.check_sinks(config)
-  prepare_dataset(config.dataset)
+  with distributed.in_turn():
+    # The first one may draw what all read.
+    prepare_dataset(config.dataset)
   data = load_data(config, info)
-  writers.check_workdir(workdir, config)
+  if is_main:
+    writers.check_workdir(workdir, config)
+  distributed.wait_for_all()
   _enable_compilation_cache(workdir)
 
   program = build(
@@ -128,6 +133,12 @@ def train_and_evaluate(
   log_head(config, workdir, program, data, abstract)
   config_digest = writers.config_digest(config)
   lists = writers.digest([data.labelled, data.unlabelled, data.validation])
+  distributed.check_equal(
+    config_digest, "another config than process 0: start all with the same"
+  )
+  distributed.check_equal(
+    lists, "other lists of images than process 0: give all the same data set"
+  )
 
   with contextlib.ExitStack() as stack:
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
@@ -149,7 +160,6 @@ def train_and_evaluate(
     del restored  # Or it would hold the donated state.
 
     # Not earlier: a config that does not fit the checkpoints must not stay.
-    is_main = jax.process_index() == 0
     if is_main:
       writers.write_config(workdir, config)
       writers.write_dataset(workdir, info, config.dataset.ignore_label)
@@ -181,7 +191,7 @@ def train_and_evaluate(
       logger.info("the run is finished: all %d steps are done", meta.step)
 
     page = reporter.page
-    if not (was_finished and page.exists()):
+    if is_main and not (was_finished and page.exists()):
       network, variables = evaluated_network(state, meta.step, recipe)
       reporter.finish(
         variables,
@@ -189,6 +199,7 @@ def train_and_evaluate(
         step=meta.step,
         best_step=meta.contenders[-1] if meta.contenders else None,
       )
+    distributed.wait_for_all()
   logger.info(
     "best mIoU %.4f at step %d; report: %s",
     meta.best_miou,
@@ -356,17 +367,22 @@ class _Run:
           record = self._record(meta, counts)
       if line and self._writer is not None:
         self._writer.write(step, line)
-      if images_due:
+      if images_due and self._writer is not None:
         self._write_images(step, state)
       if save_due:
         if self._writer is not None:
           self._writer.sync()
+        # Not in the save: its timeouts are made for files.
+        distributed.wait_for_all()
         self._checkpoints.save(state, meta)
-      if is_highest:
+      if is_highest and self._writer is not None:
         network, variables = evaluated_network(state, step, recipe)
         self._reporter.draw(
           variables, network=network, step=step, scores=scores_of(record)
         )
+      # For the first process, which may have drawn for longer than another one
+      # would wait in the next step.
+      distributed.wait_for_all()
     return state, meta
 
   def _follow_plateau(
@@ -415,12 +431,9 @@ class _Run:
     """Pictures of the same few validation images every time."""
     _, variables = evaluated_network(state, step, self._program.recipe)
     ids = self._data.validation[: self._config.log.report_images]
-    # On all processes: the network is spread over their devices.
     samples = self._reporter.samples(
       variables, [(image_id, "first") for image_id in ids[:_NUM_LOGGED_IMAGES]]
     )
-    if self._writer is None:
-      return
     palette = np.asarray(self._data.info.palette)
     self._writer.write_images(
       step,
