@@ -95,13 +95,13 @@ def table(result: dict) -> str:
     f"each {result['tflops']:.0f} TFLOP/s and {result['terabytes']:.2f} TB/s:"
     f" {device['reach']:.0%} and {device['reach_bytes']:.0%} of the peak",
     f"({device['source']})",
-    f"{'phase':<24}{'TFLOP':>9}{'GB':>9}{'ms':>9}{'share':>7}{'bound by':>12}",
+    f"{'phase':<23}{'TFLOP':>9}{'GB':>9}{'ms':>9}{'share':>7}{'bound by':>12}",
   ]
   step = result["step"]
   for name, row in (*result["phases"].items(), ("step", step)):
     by = [row[key] / row["ms"] for key in ("arithmetic_ms", "memory_ms")]
     lines.append(
-      f"{name:<24}{row['tflop']:>9.3f}{row['gigabytes']:>9.2f}{row['ms']:>9.2f}"
+      f"{name:<23}{row['tflop']:>9.3f}{row['gigabytes']:>9.2f}{row['ms']:>9.2f}"
       f"{row['ms'] / step['ms']:>7.1%}    {by[0]:.0%} FLOP, {by[1]:.0%} bytes"
     )
   padding = 1 - step["tflop_inside"] / step["tflop"]
