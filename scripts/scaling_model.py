@@ -1,0 +1,509 @@
+"""Step time on 1 to 256 devices, from counts alone: a prediction.
+
+  python scripts/inspect_step.py --config=configs/voc_1464.py --devices=8 \
+    --json=step.json
+  python scripts/scaling_model.py --config=configs/voc_1464.py \
+    --config.model.dtype=bfloat16 --device=h200 --step=step.json
+
+The time of a step is its floor (scripts/roofline.py) divided by --share, the
+share of it that a program is taken to reach, plus that of every exchange in the
+compiled step, one after another, as they wait for each other. No cluster has
+confirmed it. Formulas, rates and what follows: docs/scaling.md.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from input_pipeline.command_line import CONFIG, fail, parse_flags, write_json
+
+_STEP = flags.DEFINE_string(
+  "step", None, "JSON of inspect_step.py for this config on several devices."
+)
+_DEVICE = flags.DEFINE_string("device", "h200", "As in roofline.py.")
+_NETWORK = flags.DEFINE_enum(
+  "network",
+  "infiniband",
+  ["infiniband", "ethernet"],
+  "Between nodes of 8 GPUs; TPUs have their own.",
+)
+_SHARE = flags.DEFINE_float(
+  "share", 0.55, "Of the floor's rate that computing reaches, above 0, up to 1."
+)
+_IMAGES = flags.DEFINE_list(
+  "images",
+  ["1", "4", "16"],
+  "Labelled images of a device for weak scaling; unlabelled in proportion.",
+)
+_JSON = flags.DEFINE_string("json", None, "Also write the numbers here.")
+_PLOT = flags.DEFINE_string(
+  "plot", None, "Draw the efficiencies, .svg or .png."
+)
+
+DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# Below this a gradient is one of a norm, which the pass before it waits for.
+_LARGE = 2**18
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpus:
+  """Nodes of GPUs; rates are reachable, of one GPU and one direction.
+
+  A reduction goes through the node, then between nodes, then back; a small one
+  along a tree. Latencies are those with which NCCL 2.19 itself predicts its
+  times (src/graph/tuning.cc, protocol LL).
+
+  Attributes:
+    inside, between: bytes a second within a node and between nodes.
+    hop_between: seconds from node to node.
+    source: of the rates.
+    node: GPUs of a node.
+    start, hop_inside: seconds of any operation, and from GPU to GPU.
+  """
+
+  inside: float
+  between: float
+  hop_between: float
+  source: str
+  node: int = 8
+  start: float = 6.8e-6
+  hop_inside: float = 0.6e-6
+
+  def _shape(self, devices: int) -> tuple[int, int]:
+    return min(devices, self.node), max(1, devices // self.node)
+
+  def latency(self, devices: int) -> float:
+    """Of a reduction without bytes."""
+    within, nodes = self._shape(devices)
+    # On several nodes NCCL takes 1.8 times as long within each.
+    hop = self.hop_inside * (1.8 if nodes > 1 else 1.0)
+    tree = (within - 1) * hop + math.log2(nodes) * self.hop_between
+    return self.start + 2 * tree
+
+  def seconds_per_byte(self, devices: int) -> float:
+    """Of an all-reduce beyond its latency."""
+    within, nodes = self._shape(devices)
+    share = 2 * (nodes - 1) / nodes / within
+    return 2 * (within - 1) / within / self.inside + share / self.between
+
+  def neighbour_seconds(self, devices: int, num_bytes: float) -> float:
+    """From every device to the next one."""
+    if devices > self.node:
+      return self.start + self.hop_between + num_bytes / self.between
+    return self.start + self.hop_inside + num_bytes / self.inside
+
+
+@dataclasses.dataclass(frozen=True)
+class Torus:
+  """TPU chips in a square (or 2:1) grid, a ring along each side.
+
+  Only sides of 16 close to a ring (TPU v5e and v6e); the others are lines: half
+  the rate, twice the way.
+
+  Attributes:
+    out: reachable bytes a second out of a chip, all its links together.
+    source: of that.
+    start, hop: seconds; assumed.
+  """
+
+  out: float
+  source: str
+  start: float = 2e-6
+  hop: float = 1e-6
+
+  def _sides(self, devices: int) -> tuple[int, int]:
+    long = 2 ** math.ceil(math.log2(devices) / 2)
+    return long, devices // long
+
+  def latency(self, devices: int) -> float:
+    """Of a reduction without bytes."""
+    way = sum(n // 2 if n >= 16 else n - 1 for n in self._sides(devices))
+    return self.start + 2 * way * self.hop
+
+  def seconds_per_byte(self, devices: int) -> float:
+    """Of an all-reduce beyond its latency."""
+    sides = self._sides(devices)
+    # Links of a side of one chip are not used.
+    used = sum((0.5 if n >= 16 else 0.25) for n in sides if n > 1)
+    return 2 * (devices - 1) / devices / (self.out * used)
+
+  def neighbour_seconds(self, devices: int, num_bytes: float) -> float:
+    """From every device to the next one."""
+    return self.start + self.hop + num_bytes / (self.out / 4)
+
+
+# Of the links 0.8 within a node (NCCL on an H100 reaches 360 of 450 GB/s) and
+# 0.9 between nodes; of TPUs 0.9.
+_GIGA = 1e9
+_NVLINK = {"v100": 150, "a100": 300, "h100": 450, "h200": 450}
+# Of a GPU, in Gbit/s: one port for two, then one for each.
+_INFINIBAND = {"v100": 50, "a100": 200, "h100": 400, "h200": 400}
+_ETHERNET = 100 / 8  # One port of 100 Gbit/s for the eight GPUs of a node.
+_ICI = {"tpu-v5e": 200, "tpu-v5p": 600, "tpu-v6e": 400}
+
+
+def make_network(device: str, network: str) -> Gpus | Torus:
+  """The network of a device of `roofline.DEVICES`."""
+  if device in _ICI:
+    return Torus(
+      0.9 * _ICI[device] * _GIGA,
+      f"Google Cloud documentation: {2 * _ICI[device]} GB/s a chip, both ways",
+    )
+  link, gbit, hop = _NVLINK[device], _INFINIBAND[device], 5e-6
+  if network == "ethernet":
+    gbit, hop = _ETHERNET, 25e-6
+  return Gpus(
+    0.8 * link * _GIGA,
+    0.9 * gbit / 8 * _GIGA,
+    hop,
+    f"NVLink {link} GB/s, {network} {gbit:g} Gbit/s a GPU, each way",
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+  """One kind of message of a step.
+
+  Attributes:
+    kind: 'all-reduce', ...
+    is_gradient: a large one, which could travel while others are computed.
+    times: a step.
+    num_bytes: each.
+  """
+
+  kind: str
+  is_gradient: bool
+  times: int
+  num_bytes: float
+
+
+def read_exchanges(step: dict) -> list[Exchange]:
+  """What a compiled step exchanges, an entry an instruction."""
+  instructions = collections.defaultdict(list)
+  for entry in step["collectives"]:
+    instructions[entry["instruction"]].append(entry)
+  found = []
+  for entries in instructions.values():
+    times = entries[0]["count"]
+    num_bytes = sum(e["num_bytes"] for e in entries) / times
+    purposes = {e["purpose"] for e in entries}
+    found.append(
+      Exchange(
+        entries[0]["kind"],
+        "gradients" in purposes and num_bytes >= _LARGE,
+        times,
+        num_bytes,
+      )
+    )
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchanged:
+  """Seconds of a step's exchanges.
+
+  Attributes:
+    waiting: latencies of all but the gradients.
+    moving: their bytes.
+    gradients: all of theirs.
+  """
+
+  waiting: float
+  moving: float
+  gradients: float
+
+  @property
+  def seconds(self) -> float:
+    return self.waiting + self.moving + self.gradients
+
+
+def exchange(
+  exchanges: Sequence[Exchange],
+  network: Gpus | Torus,
+  devices: int,
+  *,
+  images: float = 1.0,
+) -> Exchanged:
+  """All exchanges of a step, one after another.
+
+  Args:
+    exchanges: of the step.
+    network: between the devices.
+    devices: 1 or more; of one nothing travels.
+    images: of a device, relative to the compiled step: what goes from a device
+      to its neighbour grows with them, reductions do not.
+  """
+  if devices == 1:
+    return Exchanged(0.0, 0.0, 0.0)
+  latency, per_byte = (
+    network.latency(devices),
+    network.seconds_per_byte(devices),
+  )
+  waiting = moving = gradients = 0.0
+  for item in exchanges:
+    if item.kind == "collective-permute":
+      waiting += item.times * network.neighbour_seconds(devices, 0)
+      moving += item.times * (
+        network.neighbour_seconds(devices, item.num_bytes * images)
+        - network.neighbour_seconds(devices, 0)
+      )
+      continue
+    # Half of an all-reduce, which is a reduce-scatter and an all-gather.
+    way = 1.0 if item.kind == "all-reduce" else 0.5
+    bytes_s = item.times * way * item.num_bytes * per_byte
+    if item.is_gradient:
+      gradients += item.times * way * latency + bytes_s
+    else:
+      waiting += item.times * way * latency
+      moving += bytes_s
+  return Exchanged(waiting, moving, gradients)
+
+
+def predict(config, step: dict, *, device: str, network, share: float, images):
+  """The tables.
+
+  Args:
+    config: complete.
+    step: of inspect_step.py, on several devices.
+    device: a key of `roofline.DEVICES`.
+    network: of `make_network`.
+    share: of the floor's rate.
+    images: labelled ones of a device, for weak scaling.
+
+  Returns:
+    JSON-ready: 'strong', rows of the config's batch on more and more devices,
+    and 'weak', such rows by images of a device; 'exchanges' of a step.
+
+  Raises:
+    ConfigError, DataError: the config cannot work, or is not that of the step.
+  """
+  from input_pipeline.dataset_config import load_info
+  from u2pl_jax import build as build_lib
+  from u2pl_jax import roofline
+  from u2pl_jax.config_checks import ConfigError, check_config, splits_bank
+
+  for key, value in (
+    ("config", config.name),
+    ("crop_size", list(config.input.crop_size)),
+    ("memory_bank", config.sharding.memory_bank),
+  ):
+    if step.get(key) != value:
+      raise ConfigError(
+        f"--step: made for {key} {step.get(key)}, not {value}: make it again"
+        " with inspect_step.py and this config"
+      )
+  if not step["collectives"]:
+    raise ConfigError("--step: made for one device: make it with --devices=8")
+  num_classes = load_info(config.dataset).num_classes
+  check_config(config, num_classes=num_classes, num_devices=1)
+  exchanges = read_exchanges(step)
+  network_of_config = roofline.describe(
+    build_lib.make_model(config, num_classes), tuple(config.input.crop_size)
+  )
+  labelled, unlabelled = config.batch.labelled, config.batch.unlabelled
+  compiled_images = step["labelled"] / step["devices"]
+
+  def row(devices: int, num_l: int, num_u: int) -> dict:
+    phases = roofline.step_phases(
+      config,
+      network_of_config,
+      num_classes=num_classes,
+      num_l=num_l,
+      num_u=num_u,
+      bank_share=1 / devices if splits_bank(config) else 1.0,
+    )
+    rates = roofline.DEVICES[device], config.model.dtype
+    backward = [p for p in phases if p.name == "student, backward"]
+    compute = roofline.cost(phases, *rates).seconds / share
+    sent = exchange(exchanges, network, devices, images=num_l / compiled_images)
+    hidden = min(
+      sent.gradients, roofline.cost(backward, *rates).seconds / share
+    )
+    seconds = compute + sent.seconds
+    return {
+      "devices": devices,
+      "compute_ms": 1e3 * compute,
+      "waiting_ms": 1e3 * sent.waiting,
+      "moving_ms": 1e3 * sent.moving,
+      "gradients_ms": 1e3 * sent.gradients,
+      "step_ms": 1e3 * seconds,
+      "step_overlapped_ms": 1e3 * (seconds - hidden),
+      "images_per_second": devices * (num_l + num_u) / seconds,
+    }
+
+  def rows(found: list[dict]) -> list[dict]:
+    for one in found:
+      one["efficiency"] = one["images_per_second"] / (
+        one["devices"] * found[0]["images_per_second"]
+      )
+    return found
+
+  limit = math.gcd(labelled, unlabelled)
+  return {
+    "config": config.name,
+    "dtype": config.model.dtype,
+    "device": device,
+    "network": dataclasses.asdict(network),
+    "share": share,
+    "exchanges": sum(e.times for e in exchanges),
+    "gradient_bytes": sum(
+      e.times * e.num_bytes for e in exchanges if e.is_gradient
+    ),
+    "batch": [labelled, unlabelled],
+    "strong": rows(
+      [
+        row(n, labelled // n, unlabelled // n)
+        for n in DEVICES
+        if limit % n == 0
+      ]
+    ),
+    "weak": {
+      str(num_l): rows(
+        [row(n, num_l, num_l * unlabelled // labelled) for n in DEVICES]
+      )
+      for num_l in images
+    },
+  }
+
+
+_HEADER = (
+  f"{'devices':>7}{'compute':>10}{'waiting':>9}{'moving':>8}{'gradients':>11}"
+  f"{'step ms':>10}{'images/s':>10}{'efficiency':>12}"
+)
+
+
+def table(result: dict) -> str:
+  """The prediction as text, 80 columns wide."""
+  lines = [
+    f"{result['config']}, {result['dtype']}, on {result['device']} at"
+    f" {result['share']:.0%} of the floor's rate; a PREDICTION",
+    result["network"]["source"],
+    f"{result['exchanges']} exchanges a step,"
+    f" {result['gradient_bytes'] / 1e6:.0f} MB of them gradients",
+  ]
+  batch = "+".join(map(str, result["batch"]))
+  titles = [(f"{batch} images on all devices", result["strong"])]
+  titles += [
+    (f"{images} labelled images on each device", rows)
+    for images, rows in result["weak"].items()
+  ]
+  for title, rows in titles:
+    lines += ["", title, _HEADER]
+    for row in rows:
+      lines.append(
+        f"{row['devices']:>7}{row['compute_ms']:>10.1f}"
+        f"{row['waiting_ms']:>9.1f}{row['moving_ms']:>8.1f}"
+        f"{row['gradients_ms']:>11.1f}{row['step_ms']:>10.1f}"
+        f"{row['images_per_second']:>10.0f}{row['efficiency']:>12.0%}"
+      )
+  return "\n".join(lines)
+
+
+def plot(result: dict, path: str) -> None:
+  """Draws efficiency by devices.
+
+  Raises:
+    OSError, ValueError: the file cannot be written, or is of no known type.
+  """
+  from matplotlib import rc_context
+  from matplotlib.figure import Figure
+
+  # The same numbers make the same file.
+  with rc_context({"svg.hashsalt": "scaling", "svg.fonttype": "none"}):
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    curves = {f"{'+'.join(map(str, result['batch']))} in all": result["strong"]}
+    curves |= {
+      f"{images} labelled a device": rows
+      for images, rows in result["weak"].items()
+    }
+    for (label, rows), style in zip(
+      curves.items(), ("k--", *["-"] * len(curves)), strict=False
+    ):
+      axes.plot(
+        [row["devices"] for row in rows],
+        [100 * row["efficiency"] for row in rows],
+        style,
+        marker="o",
+        markersize=3,
+        label=label,
+      )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(DEVICES, [str(n) for n in DEVICES])
+    axes.set_ylim(0, 105)
+    axes.set_xlabel("devices")
+    axes.set_ylabel("efficiency in percent (prediction)")
+    axes.set_title(f"{result['config']}, {result['device']}, {result['dtype']}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    is_svg = path.endswith(".svg")
+    figure.savefig(path, metadata={"Date": None} if is_svg else None)
+
+
+def _read_step(path: str | None) -> dict:
+  if not path:
+    fail("--step is missing: make it with scripts/inspect_step.py --json=...")
+  try:
+    step = json.loads(pathlib.Path(path).read_text())
+  except OSError as error:
+    fail(f"--step={path}: cannot be read ({error.strerror})")
+  except ValueError:
+    step = None
+  if not isinstance(step, dict) or "operations" not in step:
+    fail(f"--step={path}: no JSON of scripts/inspect_step.py")
+  return step
+
+
+def main(_: list[str]) -> None:
+  if not 0 < _SHARE.value <= 1:
+    fail(f"--share={_SHARE.value}: must be above 0 and at most 1")
+  images = [int(text) for text in _IMAGES.value if text.isdecimal()]
+  if len(images) < len(_IMAGES.value) or 0 in images:
+    fail(f"--images={','.join(_IMAGES.value)}: numbers from 1 up")
+  step = _read_step(_STEP.value)
+  # Before jax is imported: nothing runs, so no accelerator is looked for.
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  from input_pipeline import DataError
+  from u2pl_jax import roofline
+  from u2pl_jax.config_checks import ConfigError
+
+  device = _DEVICE.value
+  if device not in roofline.DEVICES:
+    fail(
+      f"--device={device} is unknown: choose one of"
+      f" {', '.join(roofline.DEVICES)}"
+    )
+  try:
+    result = predict(
+      CONFIG.value,
+      step,
+      device=device,
+      network=make_network(device, _NETWORK.value),
+      share=_SHARE.value,
+      images=images,
+    )
+  except (ConfigError, DataError) as error:
+    fail(str(error))
+  print(table(result))
+  if _JSON.value:
+    write_json(_JSON.value, result)
+  if _PLOT.value:
+    try:
+      plot(result, _PLOT.value)
+    except (OSError, ValueError) as error:
+      fail(f"--plot={_PLOT.value}: {str(error).splitlines()[0]}")
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,230 @@
+"""scripts/scaling_model.py: the formulas, by hand."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from configs import testing
+from scripts import scaling_model
+from scripts.scaling_model import Exchange, Gpus, Torus
+from u2pl_jax import roofline
+from u2pl_jax.config_checks import ConfigError
+
+# 100 bytes a second inside, 10 between.
+GPUS = Gpus(100.0, 10.0, 5.0, "", node=8, start=1.0, hop_inside=0.1)
+
+
+def entry(instruction, num_bytes, *, purpose="batch statistics", **more):
+  return {
+    "kind": "all-reduce",
+    "instruction": instruction,
+    "purpose": purpose,
+    "num_bytes": num_bytes,
+    "count": 1,
+  } | more
+
+
+STEP = {
+  "config": "testing",
+  "crop_size": [33, 33],
+  "memory_bank": "replicated",
+  "labelled": 4,
+  "devices": 4,
+  "operations": {},
+  "collectives": [
+    entry("a", 400),
+    entry("a", 600, purpose="anchors"),
+    entry("b", 32 * 8, count=32, purpose="thresholds"),
+    entry("c", 2_000_000, purpose="gradients"),
+    # Gradients of a norm are waited for like its statistics.
+    entry("d", 2_000, purpose="gradients"),
+    entry("e", 3_000, kind="collective-permute", purpose="mixing"),
+  ],
+}
+
+
+class TestGpus:
+  def test_latency(self):
+    assert GPUS.latency(1) == 1
+    # There and back through 7 others.
+    assert GPUS.latency(8) == pytest.approx(1 + 2 * 0.7)
+    # 1.8 times as slow within; up and down a tree of 4 nodes.
+    assert GPUS.latency(32) == pytest.approx(1 + 2 * (0.7 * 1.8 + 2 * 5))
+
+  def test_bandwidth(self):
+    assert GPUS.seconds_per_byte(1) == 0
+    assert GPUS.seconds_per_byte(4) == pytest.approx(2 * 3 / 4 / 100)
+    # In each of two nodes everything, and an eighth of it between them.
+    assert GPUS.seconds_per_byte(16) == pytest.approx(
+      2 * 7 / 8 / 100 + 2 * 1 / 2 / 8 / 10
+    )
+
+  def test_neighbour(self):
+    assert GPUS.neighbour_seconds(8, 50) == pytest.approx(1 + 0.1 + 0.5)
+    assert GPUS.neighbour_seconds(16, 50) == pytest.approx(1 + 5 + 5)
+
+
+class TestTorus:
+  torus = Torus(out=400.0, source="", start=0.0, hop=1.0)
+
+  def test_latency(self):
+    assert self.torus.latency(2) == 2  # 2x1
+    assert self.torus.latency(8) == 2 * (3 + 1)  # 4x2
+    assert self.torus.latency(64) == 2 * (7 + 7)
+    # Two closed rings: half the way round each.
+    assert self.torus.latency(256) == 2 * (8 + 8)
+    assert self.torus.latency(128) == 2 * (8 + 7)
+
+  def test_bandwidth(self):
+    # One link of four; one link of either side; all of them.
+    assert self.torus.seconds_per_byte(2) == pytest.approx(2 / 2 / 100)
+    assert self.torus.seconds_per_byte(64) == pytest.approx(2 * 63 / 64 / 200)
+    assert self.torus.seconds_per_byte(256) == pytest.approx(
+      2 * 255 / 256 / 400
+    )
+
+
+def test_exchanges_are_instructions():
+  found = scaling_model.read_exchanges(STEP)
+  assert found == [
+    Exchange("all-reduce", False, 1, 1000),
+    Exchange("all-reduce", False, 32, 8),
+    Exchange("all-reduce", True, 1, 2_000_000),
+    Exchange("all-reduce", False, 1, 2000),
+    Exchange("collective-permute", False, 1, 3000),
+  ]
+
+
+def test_time_of_the_exchanges():
+  exchanges = [
+    Exchange("all-reduce", False, 32, 8),
+    Exchange("all-gather", False, 1, 300),
+    Exchange("collective-permute", False, 3, 40),
+    Exchange("all-reduce", True, 2, 1000),
+  ]
+  sent = scaling_model.exchange(exchanges, GPUS, 4, images=2.0)
+  latency, per_byte = 1 + 2 * 0.3, 2 * 3 / 4 / 100
+  # A gather is half an all-reduce.
+  assert sent.waiting == pytest.approx(32.5 * latency + 3 * 1.1)
+  # Twice the images, twice the bytes to the neighbour.
+  assert sent.moving == pytest.approx(
+    (32 * 8 + 150) * per_byte + 3 * 2 * 40 / 100
+  )
+  assert sent.gradients == pytest.approx(2 * (latency + 1000 * per_byte))
+  assert scaling_model.exchange(exchanges, GPUS, 1).seconds == 0
+
+
+def predict(step=STEP, **overrides):
+  config = testing.get_config()
+  config.update_from_flattened_dict(overrides)
+  return scaling_model.predict(
+    config, step, device="h200", network=GPUS, share=0.5, images=[1, 4]
+  )
+
+
+def test_tables():
+  result = predict()
+  assert result["exchanges"] == 1 + 32 + 1 + 1 + 1
+  assert result["gradient_bytes"] == 2_000_000
+  config = testing.get_config()
+  floors = [
+    roofline.cost(
+      roofline.count(config, num_classes=7, num_devices=n),
+      roofline.DEVICES["h200"],
+      "float32",
+    ).seconds
+    for n in (1, 4)
+  ]
+  # 4+4 images: no more than 4 devices can share them.
+  assert [row["devices"] for row in result["strong"]] == [1, 2, 4]
+  one, _, four = result["strong"]
+  assert one["step_ms"] == one["compute_ms"]
+  assert one["compute_ms"] == pytest.approx(1e3 * floors[0] / 0.5)
+  assert four["compute_ms"] == pytest.approx(1e3 * floors[1] / 0.5)
+  parts = [four[f"{k}_ms"] for k in ("waiting", "moving", "gradients")]
+  assert four["step_ms"] == pytest.approx(four["compute_ms"] + sum(parts))
+  # 8 images.
+  assert four["images_per_second"] == pytest.approx(8e3 / four["step_ms"])
+  assert four["efficiency"] == pytest.approx(
+    one["step_ms"] / four["step_ms"] / 4
+  )
+  # What is hidden: the gradients' time, or the backward pass if shorter.
+  hidden = four["step_ms"] - four["step_overlapped_ms"]
+  assert 0 < hidden < four["gradients_ms"]
+
+  weak = result["weak"]["4"]
+  assert [row["devices"] for row in weak] == list(scaling_model.DEVICES)
+  assert weak[0]["step_ms"] == pytest.approx(one["step_ms"])
+  assert weak[-1]["compute_ms"] == pytest.approx(weak[0]["compute_ms"])
+  assert weak[-1]["images_per_second"] == pytest.approx(
+    256 * 8e3 / weak[-1]["step_ms"]
+  )
+  # Four times the images of the compiled step go to the neighbour.
+  assert weak[2]["moving_ms"] - result["weak"]["1"][2]["moving_ms"] == (
+    pytest.approx(1e3 * 3 * 3000 / 100)
+  )
+  lines = scaling_model.table(result).splitlines()
+  assert max(map(len, lines)) <= 80 or "PREDICTION" in lines[0]
+
+
+@pytest.mark.parametrize(
+  ("step", "message"),
+  [
+    (STEP | {"config": "voc"}, "made for config voc, not testing"),
+    (STEP | {"crop_size": [65, 65]}, "crop_size"),
+    (STEP | {"memory_bank": "classes"}, "memory_bank classes, not replicated"),
+    (STEP | {"collectives": []}, "--devices=8"),
+  ],
+)
+def test_another_step_is_refused(step, message):
+  with pytest.raises(ConfigError, match=message):
+    predict(step)
+
+
+def test_real_rates():
+  gpus = scaling_model.make_network("h200", "infiniband")
+  # As NCCL's own tables: 6.8 + 2 * 7 * 0.6 us within a node.
+  assert gpus.latency(8) == pytest.approx(15.2e-6)
+  assert gpus.inside == pytest.approx(360e9)
+  assert gpus.between == pytest.approx(45e9)
+  slow = scaling_model.make_network("h200", "ethernet")
+  assert slow.between == pytest.approx(0.9 * 100e9 / 8 / 8)
+  assert slow.latency(16) > gpus.latency(16)
+  tpu = scaling_model.make_network("tpu-v5e", "infiniband")
+  assert tpu.latency(256) == pytest.approx(34e-6)
+  for name in roofline.DEVICES:
+    assert math.isfinite(
+      scaling_model.make_network(name, "infiniband").seconds_per_byte(256)
+    )
+
+
+def test_plots_are_reproducible(tmp_path):
+  result = predict()
+  files = [tmp_path / "a.svg", tmp_path / "b.svg"]
+  for file in files:
+    scaling_model.plot(result, str(file))
+  assert files[0].read_bytes() == files[1].read_bytes()
+  assert b"prediction" in files[0].read_bytes()
+
+
+def test_the_command(tmp_path):
+  step, path = tmp_path / "step.json", tmp_path / "scaling.json"
+  command = [sys.executable, "scripts/scaling_model.py", f"--step={step}"]
+  command += ["--config=configs/testing.py", f"--json={path}"]
+
+  def run(*more):
+    return subprocess.run([*command, *more], capture_output=True, text=True)
+
+  failed = run()
+  assert failed.returncode == 1
+  assert failed.stderr == (
+    f"error: --step={step}: cannot be read (No such file or directory)\n"
+  )
+  step.write_text(json.dumps(STEP))
+  done = run("--images=2", "--device=tpu-v5e")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == scaling_model.table(json.loads(path.read_text())) + "\n"
+  assert list(json.loads(path.read_text())["weak"]) == ["2"]
