@@ -189,7 +189,8 @@ def main(_: list[str]) -> None:
   num_devices = _DEVICES.value
   if num_devices < 1:
     fail(f"--devices={num_devices}: must be at least 1")
-  # Before jax is imported.
+  # Before jax is imported. XLA reports a compilation of minutes as an error.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + f" --xla_force_host_platform_device_count={num_devices}"

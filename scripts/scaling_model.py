@@ -51,7 +51,11 @@ _PLOT = flags.DEFINE_string(
 )
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-# Below this a gradient is one of a norm, which the pass before it waits for.
+GRADIENTS = "gradients"
+NORMS_FORWARD, NORMS_BACKWARD = "norms, forward", "norms, backward"
+OTHER = "all else"
+# Bytes below which a gradient is that of a norm, which the rest of the backward
+# pass waits for.
 _LARGE = 2**18
 
 
@@ -176,14 +180,14 @@ class Exchange:
 
   Attributes:
     kind: 'all-reduce', ...
-    is_gradient: a large one, which could travel while others are computed.
+    purpose: GRADIENTS, NORMS_FORWARD, NORMS_BACKWARD or OTHER.
     times: a step.
     num_bytes: each.
   """
 
   kind: str
-  is_gradient: bool
-  times: int
+  purpose: str
+  times: float
   num_bytes: float
 
 
@@ -196,16 +200,36 @@ def read_exchanges(step: dict) -> list[Exchange]:
   for entries in instructions.values():
     times = entries[0]["count"]
     num_bytes = sum(e["num_bytes"] for e in entries) / times
-    purposes = {e["purpose"] for e in entries}
-    found.append(
-      Exchange(
-        entries[0]["kind"],
-        "gradients" in purposes and num_bytes >= _LARGE,
-        times,
-        num_bytes,
-      )
-    )
+    largest = max(entries, key=lambda e: e["num_bytes"])["purpose"]
+    purpose = OTHER
+    if largest == "gradients":
+      purpose = GRADIENTS if num_bytes >= _LARGE else NORMS_BACKWARD
+    elif largest == "batch statistics":
+      purpose = NORMS_FORWARD
+    found.append(Exchange(entries[0]["kind"], purpose, times, num_bytes))
   return found
+
+
+# What could be changed, one after the other: the exchanges of norms that would
+# be left, forward and backward, and whether the gradients travel meanwhile.
+CHANGES = (
+  ("as compiled", 1, 1, False),
+  ("gradients sent during the backward pass", 1, 1, True),
+  ("+ one exchange a norm and pass, not two", 1 / 2, 1 / 2, True),
+  ("+ both networks' norms forward in one", 1 / 4, 1 / 2, True),
+  ("+ none (running statistics)", 0, 0, True),
+)
+
+
+def with_norms(
+  exchanges: Sequence[Exchange], forward: float, backward: float
+) -> list[Exchange]:
+  """The same with other shares of the norms' exchanges."""
+  shares = {NORMS_FORWARD: forward, NORMS_BACKWARD: backward}
+  return [
+    dataclasses.replace(e, times=e.times * shares.get(e.purpose, 1))
+    for e in exchanges
+  ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +285,7 @@ def exchange(
     # Half of an all-reduce, which is a reduce-scatter and an all-gather.
     way = 1.0 if item.kind == "all-reduce" else 0.5
     bytes_s = item.times * way * item.num_bytes * per_byte
-    if item.is_gradient:
+    if item.purpose == GRADIENTS:
       gradients += item.times * way * latency + bytes_s
     else:
       waiting += item.times * way * latency
@@ -282,7 +306,8 @@ def predict(config, step: dict, *, device: str, network, share: float, images):
 
   Returns:
     JSON-ready: 'strong', rows of the config's batch on more and more devices,
-    and 'weak', such rows by images of a device; 'exchanges' of a step.
+    and 'weak', such rows by images of a device; 'exchanges' of a step by
+    purpose; 'changes', rows of the most devices after each of CHANGES.
 
   Raises:
     ConfigError, DataError: the config cannot work, or is not that of the step.
@@ -313,32 +338,40 @@ def predict(config, step: dict, *, device: str, network, share: float, images):
   labelled, unlabelled = config.batch.labelled, config.batch.unlabelled
   compiled_images = step["labelled"] / step["devices"]
 
-  def row(devices: int, num_l: int, num_u: int) -> dict:
+  rates = roofline.DEVICES[device], config.model.dtype
+
+  def row(devices: int, num_l: int, change=CHANGES[0]) -> dict:
+    _, forward, backward, is_hidden = change
     phases = roofline.step_phases(
       config,
       network_of_config,
       num_classes=num_classes,
       num_l=num_l,
-      num_u=num_u,
+      num_u=num_l * unlabelled // labelled,
       bank_share=1 / devices if splits_bank(config) else 1.0,
     )
-    rates = roofline.DEVICES[device], config.model.dtype
-    backward = [p for p in phases if p.name == "student, backward"]
     compute = roofline.cost(phases, *rates).seconds / share
-    sent = exchange(exchanges, network, devices, images=num_l / compiled_images)
-    hidden = min(
-      sent.gradients, roofline.cost(backward, *rates).seconds / share
+    sent = exchange(
+      with_norms(exchanges, forward, backward),
+      network,
+      devices,
+      images=num_l / compiled_images,
     )
-    seconds = compute + sent.seconds
+    gradients = sent.gradients
+    if is_hidden:
+      (behind,) = [p for p in phases if p.name == "student, backward"]
+      behind_s = roofline.cost([behind], *rates).seconds / share
+      gradients = max(0.0, gradients - behind_s)
+    seconds = compute + sent.waiting + sent.moving + gradients
+    images = num_l * (labelled + unlabelled) / labelled
     return {
       "devices": devices,
       "compute_ms": 1e3 * compute,
       "waiting_ms": 1e3 * sent.waiting,
       "moving_ms": 1e3 * sent.moving,
-      "gradients_ms": 1e3 * sent.gradients,
+      "gradients_ms": 1e3 * gradients,
       "step_ms": 1e3 * seconds,
-      "step_overlapped_ms": 1e3 * (seconds - hidden),
-      "images_per_second": devices * (num_l + num_u) / seconds,
+      "images_per_second": devices * images / seconds,
     }
 
   def rows(found: list[dict]) -> list[dict]:
@@ -348,28 +381,42 @@ def predict(config, step: dict, *, device: str, network, share: float, images):
       )
     return found
 
+  def changes(num_l: int, devices: int) -> dict[str, dict]:
+    one = row(1, num_l)["images_per_second"]
+    found = {change[0]: row(devices, num_l, change) for change in CHANGES}
+    for after in found.values():
+      after["efficiency"] = after["images_per_second"] / (devices * one)
+    return found
+
   limit = math.gcd(labelled, unlabelled)
+  times = collections.Counter()
+  for item in exchanges:
+    times[item.purpose] += item.times
+  strong = rows([row(n, labelled // n) for n in DEVICES if limit % n == 0])
+  most = strong[-1]["devices"]
   return {
     "config": config.name,
     "dtype": config.model.dtype,
     "device": device,
     "network": dataclasses.asdict(network),
     "share": share,
-    "exchanges": sum(e.times for e in exchanges),
+    "exchanges": dict(times.most_common()),
     "gradient_bytes": sum(
-      e.times * e.num_bytes for e in exchanges if e.is_gradient
+      e.times * e.num_bytes for e in exchanges if e.purpose == GRADIENTS
     ),
     "batch": [labelled, unlabelled],
-    "strong": rows(
-      [
-        row(n, labelled // n, unlabelled // n)
-        for n in DEVICES
-        if limit % n == 0
-      ]
-    ),
+    "strong": strong,
     "weak": {
-      str(num_l): rows(
-        [row(n, num_l, num_l * unlabelled // labelled) for n in DEVICES]
+      str(num_l): rows([row(n, num_l) for n in DEVICES]) for num_l in images
+    },
+    "changes": {
+      f"{labelled // most} labelled images on each of {most} devices": changes(
+        labelled // most, most
+      )
+    }
+    | {
+      f"{num_l} labelled images on each of {DEVICES[-1]} devices": changes(
+        num_l, DEVICES[-1]
       )
       for num_l in images
     },
@@ -388,8 +435,9 @@ def table(result: dict) -> str:
     f"{result['config']}, {result['dtype']}, on {result['device']} at"
     f" {result['share']:.0%} of the floor's rate; a PREDICTION",
     result["network"]["source"],
-    f"{result['exchanges']} exchanges a step,"
-    f" {result['gradient_bytes'] / 1e6:.0f} MB of them gradients",
+    f"{sum(result['exchanges'].values())} exchanges a step:"
+    + ",".join(f" {n} {name}" for name, n in result["exchanges"].items()),
+    f"{result['gradient_bytes'] / 1e6:.0f} MB of gradients",
   ]
   batch = "+".join(map(str, result["batch"]))
   titles = [(f"{batch} images on all devices", result["strong"])]
@@ -405,6 +453,14 @@ def table(result: dict) -> str:
         f"{row['waiting_ms']:>9.1f}{row['moving_ms']:>8.1f}"
         f"{row['gradients_ms']:>11.1f}{row['step_ms']:>10.1f}"
         f"{row['images_per_second']:>10.0f}{row['efficiency']:>12.0%}"
+      )
+  for title, found in result["changes"].items():
+    lines += ["", f"{title}, changed:"]
+    lines.append(f"{'':<43}{'waiting':>9}{'step ms':>10}{'efficiency':>12}")
+    for name, row in found.items():
+      lines.append(
+        f"{name:<43}{row['waiting_ms']:>9.1f}{row['step_ms']:>10.1f}"
+        f"{row['efficiency']:>12.0%}"
       )
   return "\n".join(lines)
 
