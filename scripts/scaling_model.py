@@ -435,10 +435,10 @@ def table(result: dict) -> str:
     f"{result['config']}, {result['dtype']}, on {result['device']} at"
     f" {result['share']:.0%} of the floor's rate; a PREDICTION",
     result["network"]["source"],
-    f"{sum(result['exchanges'].values())} exchanges a step:"
-    + ",".join(f" {n} {name}" for name, n in result["exchanges"].items()),
-    f"{result['gradient_bytes'] / 1e6:.0f} MB of gradients",
+    f"{sum(result['exchanges'].values())} exchanges a step:",
   ]
+  lines += [f"{n:>7} {name}" for name, n in result["exchanges"].items()]
+  lines.append(f"{result['gradient_bytes'] / 1e6:.0f} MB of gradients")
   batch = "+".join(map(str, result["batch"]))
   titles = [(f"{batch} images on all devices", result["strong"])]
   titles += [
