@@ -210,6 +210,8 @@ def main(_: list[str]) -> None:
     result = inspect(CONFIG.value, num_devices)
   except (ConfigError, DataError, ValueError) as error:
     fail(str(error))
+  except KeyboardInterrupt:
+    fail("interrupted; nothing was written", 130)
   print(table(result))
   if _JSON.value:
     write_json(_JSON.value, result)
