@@ -73,6 +73,10 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
       _u2pl({"build", "config_checks", "models.layers", "models.resnet"}),
       maths | {"ml_collections"},
     ),
+    "u2pl_jax.scaling": (
+      _u2pl({"build", "config_checks", "roofline"}),
+      {"matplotlib", "ml_collections"},
+    ),
     "u2pl_jax.tiling": (
       _u2pl({"evaluation", "images", "sharding", "train_state"}),
       maths,

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import pytest
 
 from configs import testing, voc_1464
-from scripts import roofline as script
 from u2pl_jax import build as build_lib
 from u2pl_jax import roofline, step_shapes
 from u2pl_jax.config_checks import ConfigError
@@ -259,16 +258,21 @@ def test_the_paper_recipe():
   """The numbers of docs/scaling.md."""
   config = voc_1464.get_config()
   config.model.dtype = "bfloat16"
-  result = script.floor(config, "h200", 1)
+  result = roofline.floor(
+    config,
+    num_classes=21,
+    device=roofline.find_device("h200"),
+    num_devices=1,
+  )
   assert result["step"]["tflop"] == pytest.approx(92.8, abs=0.05)
   assert result["step"]["ms"] == pytest.approx(168.1, abs=0.1)
   shares = [row["ms"] for row in result["phases"].values()]
   assert sum(shares) == pytest.approx(result["step"]["ms"])
-  lines = script.table(result).splitlines()
+  lines = roofline.table(result).splitlines()
   assert max(map(len, lines)) <= 80
   assert lines[-2].split()[:4] == ["step", "92.776", "378.90", "168.12"]
   with pytest.raises(ConfigError, match="choose one of v100, a100"):
-    script.floor(config, "h2000", 1)
+    roofline.find_device("h2000")
 
 
 def test_the_command(tmp_path):
@@ -277,7 +281,7 @@ def test_the_command(tmp_path):
   command += ["--config=configs/testing.py", f"--json={path}"]
   result = subprocess.run(command, capture_output=True, text=True, check=True)
   written = json.loads(path.read_text())
-  assert result.stdout == script.table(written) + "\n"
+  assert result.stdout == roofline.table(written) + "\n"
   assert written["tflops"] == pytest.approx(15.7 * 0.8)
   result = subprocess.run(
     [*command, "--config.model.dtype=bfloat16"], capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""scripts/scaling_model.py: the formulas, by hand."""
+"""The scaling model: its formulas, by hand."""
 
 import json
 import math
@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from configs import testing
-from scripts import scaling_model
-from scripts.scaling_model import (
+from u2pl_jax import roofline, scaling
+from u2pl_jax.config_checks import ConfigError
+from u2pl_jax.scaling import (
   GRADIENTS,
   NORMS_BACKWARD,
   NORMS_FORWARD,
@@ -18,8 +19,6 @@ from scripts.scaling_model import (
   Gpus,
   Torus,
 )
-from u2pl_jax import roofline
-from u2pl_jax.config_checks import ConfigError
 
 # 100 bytes a second inside, 10 between.
 GPUS = Gpus(100.0, 10.0, 5.0, "", node=8, start=1.0, hop_inside=0.1)
@@ -97,7 +96,7 @@ class TestTorus:
 
 
 def test_exchanges_are_instructions():
-  found = scaling_model.read_exchanges(STEP)
+  found = scaling.read_exchanges(STEP)
   assert found == [
     # Of the purpose of its largest array.
     Exchange("all-reduce", OTHER, 1, 1000),
@@ -116,7 +115,7 @@ def test_time_of_the_exchanges():
     Exchange("collective-permute", OTHER, 3, 40),
     Exchange("all-reduce", GRADIENTS, 2, 1000),
   ]
-  sent = scaling_model.exchange(exchanges, GPUS, 4, images=2.0)
+  sent = scaling.exchange(exchanges, GPUS, 4, images=2.0)
   latency, per_byte = 1 + 2 * 0.3, 2 * 3 / 4 / 100
   # A gather is half an all-reduce.
   assert sent.waiting == pytest.approx(32.5 * latency + 3 * 1.1)
@@ -125,14 +124,20 @@ def test_time_of_the_exchanges():
     (32 * 8 + 150) * per_byte + 3 * 2 * 40 / 100
   )
   assert sent.gradients == pytest.approx(2 * (latency + 1000 * per_byte))
-  assert scaling_model.exchange(exchanges, GPUS, 1).seconds == 0
+  assert scaling.exchange(exchanges, GPUS, 1).seconds == 0
 
 
 def predict(step=STEP, **overrides):
   config = testing.get_config()
   config.update_from_flattened_dict(overrides)
-  return scaling_model.predict(
-    config, step, device="h200", network=GPUS, share=0.5, images=[1, 4]
+  return scaling.predict(
+    config,
+    step,
+    num_classes=7,
+    device=roofline.DEVICES["h200"],
+    network=GPUS,
+    share=0.5,
+    images=[1, 4],
   )
 
 
@@ -165,7 +170,7 @@ def test_tables():
     one["step_ms"] / four["step_ms"] / 4
   )
   weak = result["weak"]["4"]
-  assert [row["devices"] for row in weak] == list(scaling_model.DEVICES)
+  assert [row["devices"] for row in weak] == list(scaling.DEVICES)
   assert weak[0]["step_ms"] == pytest.approx(one["step_ms"])
   assert weak[-1]["compute_ms"] == pytest.approx(weak[0]["compute_ms"])
   assert weak[-1]["images_per_second"] == pytest.approx(
@@ -175,13 +180,13 @@ def test_tables():
   assert weak[2]["moving_ms"] - result["weak"]["1"][2]["moving_ms"] == (
     pytest.approx(1e3 * 3 * 3000 / 100)
   )
-  assert "a PREDICTION" in scaling_model.table(result)
+  assert "a PREDICTION" in scaling.table(result)
 
 
 def test_changes():
   changes = predict()["changes"]
   after = changes["1 labelled images on each of 4 devices"]
-  assert list(after) == [change[0] for change in scaling_model.CHANGES]
+  assert list(after) == [change[0] for change in scaling.CHANGES]
   plain, hidden, once, together, none = after.values()
   latency = 1e3 * GPUS.latency(4)
   assert plain["waiting_ms"] == pytest.approx(35 * latency + 1e3 * 1.1)
@@ -209,19 +214,19 @@ def test_another_step_is_refused(step, message):
 
 
 def test_real_rates():
-  gpus = scaling_model.make_network("h200", "infiniband")
+  gpus = scaling.make_network("h200", "infiniband")
   # As NCCL's own tables: 6.8 + 2 * 7 * 0.6 us within a node.
   assert gpus.latency(8) == pytest.approx(15.2e-6)
   assert gpus.inside == pytest.approx(360e9)
   assert gpus.between == pytest.approx(45e9)
-  slow = scaling_model.make_network("h200", "ethernet")
+  slow = scaling.make_network("h200", "ethernet")
   assert slow.between == pytest.approx(0.9 * 100e9 / 8 / 8)
   assert slow.latency(16) > gpus.latency(16)
-  tpu = scaling_model.make_network("tpu-v5e", "infiniband")
+  tpu = scaling.make_network("tpu-v5e", "infiniband")
   assert tpu.latency(256) == pytest.approx(34e-6)
   for name in roofline.DEVICES:
     assert math.isfinite(
-      scaling_model.make_network(name, "infiniband").seconds_per_byte(256)
+      scaling.make_network(name, "infiniband").seconds_per_byte(256)
     )
 
 
@@ -229,7 +234,7 @@ def test_plots_are_reproducible(tmp_path):
   result = predict()
   files = [tmp_path / "a.svg", tmp_path / "b.svg"]
   for file in files:
-    scaling_model.plot(result, str(file))
+    scaling.plot(result, str(file))
   assert files[0].read_bytes() == files[1].read_bytes()
   assert b"prediction" in files[0].read_bytes()
 
@@ -250,5 +255,5 @@ def test_the_command(tmp_path):
   step.write_text(json.dumps(STEP))
   done = run("--images=2", "--device=tpu-v5e")
   assert done.returncode == 0, done.stderr
-  assert done.stdout == scaling_model.table(json.loads(path.read_text())) + "\n"
+  assert done.stdout == scaling.table(json.loads(path.read_text())) + "\n"
   assert list(json.loads(path.read_text())["weak"]) == ["2"]

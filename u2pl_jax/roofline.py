@@ -491,3 +491,83 @@ def count(
     num_u=config.batch.unlabelled // num_devices if is_semi else 0,
     bank_share=1 / num_devices if splits_bank(config) else 1.0,
   )
+
+
+def find_device(name: str) -> Device:
+  """By its name; raises ConfigError, which lists all."""
+  if name not in DEVICES:
+    raise ConfigError(
+      f"--device={name} is unknown: choose one of {', '.join(DEVICES)}"
+    )
+  return DEVICES[name]
+
+
+def floor(
+  config: ml_collections.ConfigDict,
+  *,
+  num_classes: int,
+  device: Device,
+  num_devices: int,
+) -> dict[str, Any]:
+  """The floor of a config's step on one of the devices that share its batch.
+
+  Returns:
+    JSON-ready: 'phases' and their sum 'step', each with tflop, tflop_inside,
+    gigabytes, ms, arithmetic_ms and memory_ms, and what they are of.
+
+  Raises:
+    ConfigError: the config cannot work, or not on this device.
+  """
+  phases = count(config, num_classes=num_classes, num_devices=num_devices)
+
+  def row(parts: Sequence[Phase]) -> dict[str, float]:
+    total = cost(parts, device, config.model.dtype)
+    return {
+      "tflop": total.flops / 1e12,
+      "tflop_inside": total.inside / 1e12,
+      "gigabytes": total.num_bytes / 1e9,
+      "ms": 1e3 * total.seconds,
+      "arithmetic_ms": 1e3 * total.arithmetic_s,
+      "memory_ms": 1e3 * total.memory_s,
+    }
+
+  return {
+    "config": config.name,
+    "crop_size": list(config.input.crop_size),
+    "labelled": config.batch.labelled,
+    "unlabelled": config.batch.unlabelled,
+    "devices": num_devices,
+    "dtype": config.model.dtype,
+    "device": dataclasses.asdict(device),
+    "tflops": device.rate(config.model.dtype) / 1e12,
+    "terabytes": device.byte_rate / 1e12,
+    "phases": {phase.name: row([phase]) for phase in phases},
+    "step": row(phases),
+  }
+
+
+def table(result: dict[str, Any]) -> str:
+  """`floor` as text, 80 columns wide."""
+  height, width = result["crop_size"]
+  device = result["device"]
+  lines = [
+    f"{result['config']}: {result['labelled']}+{result['unlabelled']} images of"
+    f" {height}x{width}, {result['dtype']}, on"
+    f" {result['devices']} x {device['name']}",
+    f"each {result['tflops']:.0f} TFLOP/s and {result['terabytes']:.2f} TB/s:"
+    f" {device['reach']:.0%} and {device['reach_bytes']:.0%} of the peak",
+    f"({device['source']})",
+    f"{'phase':<23}{'TFLOP':>9}{'GB':>9}{'ms':>9}{'share':>7}{'bound by':>12}",
+  ]
+  step = result["step"]
+  for name, row in (*result["phases"].items(), ("step", step)):
+    by = [row[key] / row["ms"] for key in ("arithmetic_ms", "memory_ms")]
+    lines.append(
+      f"{name:<23}{row['tflop']:>9.3f}{row['gigabytes']:>9.2f}{row['ms']:>9.2f}"
+      f"{row['ms'] / step['ms']:>7.1%}    {by[0]:.0%} FLOP, {by[1]:.0%} bytes"
+    )
+  padding = 1 - step["tflop_inside"] / step["tflop"]
+  lines.append(
+    f"Of the arithmetic {padding:.1%} is with the padding of convolutions."
+  )
+  return "\n".join(lines)
