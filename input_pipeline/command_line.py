@@ -1,13 +1,17 @@
 """The --config flag, and errors of the command line as one line."""
 
+import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
+
+from input_pipeline import storage
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Experiment file, with its arguments after a colon."
@@ -18,6 +22,22 @@ def fail(message: str, code: int = 1) -> NoReturn:
   """Ends the program with one line on stderr."""
   print(f"error: {message}", file=sys.stderr)
   sys.exit(code)
+
+
+def write_json(path: str, content: Any) -> None:
+  """Writes what a script found, for --json; makes the folder at need.
+
+  A file that cannot be written ends the program with one line.
+  """
+  text = json.dumps(content, indent=2) + "\n"
+  try:
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    storage.write_whole(path, text.encode())
+  except OSError as error:
+    fail(
+      f"--json={path}: cannot be written ({error.strerror}): choose another"
+      " file"
+    )
 
 
 def parse_flags(

@@ -8,23 +8,27 @@ Compiles the semi-supervised step, runs nothing and reads no image. Without an
 accelerator (or with JAX_PLATFORMS=cpu) the devices are CPU devices that XLA
 pretends to have, which partitions the step like any others.
 
-What the bytes count: u2pl_jax/collectives.py.
+`arrays` travel in `runs`: times that the devices wait for each other, counted
+for the purpose of the largest array where one run carries several. What the
+bytes count: u2pl_jax/collectives.py; what they cost: scripts/scaling_model.py.
 """
 
 import collections
+import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 from absl import app, flags
 from absl import logging as absl_logging
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from input_pipeline.command_line import CONFIG, fail, parse_flags
+from input_pipeline.command_line import CONFIG, fail, parse_flags, write_json
 
 _DEVICES = flags.DEFINE_integer("devices", 8, "Devices that share the batch.")
 _JSON = flags.DEFINE_string("json", None, "Also write the numbers here.")
@@ -38,18 +42,20 @@ def inspect(config, num_devices: int) -> dict:
     num_devices: of those that there are.
 
   Returns:
-    JSON-ready: 'collectives', 'purposes' (bytes by purpose), 'total_bytes',
-    'least_bytes', 'budget_bytes', 'peak_bytes' of one device and more.
+    JSON-ready: 'collectives', 'purposes' (bytes by purpose), 'operations' (how
+    often the devices wait for each other), 'total_bytes', 'least_bytes',
+    'budget_bytes', 'peak_bytes' of one device and more.
 
   Raises:
     ConfigError, DataError: the config cannot work.
+    ValueError: what the step sends cannot be counted.
   """
   import jax
   import jax.numpy as jnp
 
   from input_pipeline.dataset_config import load_info
   from u2pl_jax import build as build_lib
-  from u2pl_jax import collectives, sharding
+  from u2pl_jax import collectives, step_shapes
   from u2pl_jax.config_checks import ConfigError
 
   if config.method != "u2pl":
@@ -65,34 +71,20 @@ def inspect(config, num_devices: int) -> dict:
     devices=jax.devices()[:num_devices],
   )
   state = build_lib.abstract_state(config, program)
-  height, width = config.input.crop_size
-  split = sharding.batch_sharded(program.mesh)
-
-  def batch(size: int, *names: str) -> dict:
-    shapes = {
-      "image": ((size, height, width, 3), jnp.uint8),
-      "label": ((size, height, width), jnp.uint8),
-      "valid_box": ((size, 4), jnp.int32),
-    }
-    return {
-      name: jax.ShapeDtypeStruct(*shapes[name], sharding=split)
-      for name in names
-    }
-
-  lowered = program.semi_supervised_step.lower(
-    state,
-    batch(config.batch.labelled, "image", "label", "valid_box"),
-    batch(config.batch.unlabelled, "image", "valid_box"),
-  )
+  halves = step_shapes.training_batches(config, program.mesh)
+  with elapsed("tracing"):
+    lowered = program.semi_supervised_step.lower(state, *halves)
   # The compiler of CPU code takes minutes to optimise what never runs.
   on_cpu = jax.default_backend() == "cpu"
-  compiled = lowered.compile(
-    {"xla_backend_optimization_level": "0"} if on_cpu else None
-  )
+  with elapsed("compiling, about a minute for ResNet-101"):
+    compiled = lowered.compile(
+      {"xla_backend_optimization_level": "0"} if on_cpu else None
+    )
   found = collectives.read(compiled.as_text())
   purposes = collections.Counter()
   for entry in found:
     purposes[entry.purpose] += entry.num_bytes
+  height, width = config.input.crop_size
   grid = jax.eval_shape(
     lambda variables, images: (
       program.model.apply(variables, images, train=False).logits
@@ -109,7 +101,12 @@ def inspect(config, num_devices: int) -> dict:
     "config": config.name,
     "devices": num_devices,
     "device_kind": jax.devices()[0].device_kind,
+    "crop_size": [height, width],
+    "labelled": config.batch.labelled,
+    "unlabelled": config.batch.unlabelled,
+    "memory_bank": config.sharding.memory_bank,
     "purposes": dict(purposes.most_common()),
+    "operations": collectives.operations(found),
     "total_bytes": sum(purposes.values()),
     "least_bytes": least,
     "budget_bytes": int(collectives.BUDGET_FACTOR * sum(least.values())),
@@ -122,35 +119,69 @@ def inspect(config, num_devices: int) -> dict:
   }
 
 
+@contextlib.contextmanager
+def elapsed(what: str) -> Iterator[None]:
+  """Says on stderr what goes on and, on a terminal, for how long."""
+  begin, done = time.monotonic(), threading.Event()
+  print(f"{what} ...", end="", file=sys.stderr, flush=True)
+
+  def tick():
+    while not done.wait(1):
+      print(
+        f"\r{what} ... {time.monotonic() - begin:.0f} s",
+        end="",
+        file=sys.stderr,
+        flush=True,
+      )
+
+  ticker = threading.Thread(target=tick, daemon=True)
+  if sys.stderr.isatty():
+    ticker.start()
+  try:
+    yield
+  finally:
+    done.set()
+    if ticker.is_alive():
+      ticker.join()
+      print(f"\r{what} ...", end="", file=sys.stderr)
+    print(f" {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+
+
 def table(result: dict, *, largest: int = 12) -> str:
   """The result as text: by purpose, then the largest single arrays."""
   found = result["collectives"]
   lines = [
     f"{result['config']}: {result['devices']} x {result['device_kind']}",
-    f"{'purpose':<50}{'arrays':>8}{'runs':>8}{'bytes':>15}",
+    f"{'purpose':<49}{'arrays':>7}{'runs':>7}{'bytes':>15}",
   ]
   for purpose, num_bytes in result["purposes"].items():
-    entries = [e for e in found if e["purpose"] == purpose]
-    runs = sum(e["count"] for e in entries)
-    lines.append(f"{purpose:<50}{len(entries):>8}{runs:>8}{num_bytes:>15,}")
-  least = sum(result["least_bytes"].values())
-  parts = ", ".join(f"{k} {v:,}" for k, v in result["least_bytes"].items())
-  share = result["total_bytes"] / least
+    arrays = sum(e["purpose"] == purpose for e in found)
+    runs = result["operations"].get(purpose, 0)
+    lines.append(f"{purpose:<49}{arrays:>7}{runs:>7}{num_bytes:>15,}")
+  runs, total = sum(result["operations"].values()), result["total_bytes"]
+  least = result["least_bytes"]
   lines += [
-    f"{'total':<66}{result['total_bytes']:>15,}",
-    f"{'budget':<66}{result['budget_bytes']:>15,}",
-    f"  of at least {least:,} ({parts}); the total is {share:.3f} x that",
+    f"{'total':<49}{len(found):>7}{runs:>7}{total:>15,}",
+    f"{'budget':<63}{result['budget_bytes']:>15,}",
+  ]
+  lines += [f"{'  at least: ' + k:<63}{v:>15,}" for k, v in least.items()]
+  if found:
+    share = total / sum(least.values())
+    lines.append(f"the total is {share:.3f} x what is at least needed")
+  lines.append(
     "peak memory of a device"
     f" {result['peak_bytes'] / 2**30:.2f} GiB, of which state and batch"
-    f" {result['state_bytes'] / 2**30:.2f} GiB",
-  ]
+    f" {result['state_bytes'] / 2**30:.2f} GiB"
+  )
   if found:
     lines.append("largest arrays:")
   for entry in sorted(found, key=lambda e: -e["num_bytes"])[:largest]:
-    lines.append(
-      f"{entry['num_bytes']:>15,}  {entry['kind']} {entry['shape']}"
-      f"  {entry['source'][-60:]}"
-    )
+    line = f"{entry['num_bytes']:>13,}  {entry['kind']} {entry['shape']}  "
+    source = entry["source"]
+    # The end of a long name says more than its beginning.
+    while len(line + source) > 80 and "/" in source:
+      source = source.split("/", 1)[1]
+    lines.append(line + source)
   return "\n".join(lines)
 
 
@@ -158,7 +189,8 @@ def main(_: list[str]) -> None:
   num_devices = _DEVICES.value
   if num_devices < 1:
     fail(f"--devices={num_devices}: must be at least 1")
-  # Before jax is imported.
+  # Before jax is imported. XLA reports a compilation of minutes as an error.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + f" --xla_force_host_platform_device_count={num_devices}"
@@ -174,17 +206,15 @@ def main(_: list[str]) -> None:
       f"--devices={num_devices}: there are {jax.device_count()}"
       f" {jax.default_backend()} devices: set JAX_PLATFORMS=cpu to pretend"
     )
-  begin = time.monotonic()
   try:
     result = inspect(CONFIG.value, num_devices)
-  except (ConfigError, DataError) as error:
+  except (ConfigError, DataError, ValueError) as error:
     fail(str(error))
+  except KeyboardInterrupt:
+    fail("interrupted; nothing was written", 130)
   print(table(result))
-  print(f"compiled in {time.monotonic() - begin:.0f} s")
   if _JSON.value:
-    path = pathlib.Path(_JSON.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(_JSON.value, result)
 
 
 if __name__ == "__main__":

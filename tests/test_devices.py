@@ -134,6 +134,12 @@ def test_what_travels_keeps_to_the_budget(tmp_path, memory_bank):
       ), entry  # fmt: skip
     else:
       assert entry["kind"] == "all-reduce", entry
+  # A norm waits twice forward in both networks and twice backward; thresholds
+  # do 32 times, all else some 10 times (docs/scaling.md).
+  norms = (
+    sum(e["purpose"] == "batch statistics" for e in result["collectives"]) // 4
+  )
+  assert sum(result["operations"].values()) <= 6 * norms + 60
   # 32 bits of the two order statistics, one count each.
   counts = [e for e in result["collectives"] if e["count"] > 1]
   assert [(e["purpose"], e["count"], e["shape"]) for e in counts] == [

@@ -71,6 +71,17 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
       _u2pl({"checksum", "distributed"}),
       {"flax", "jax", "numpy", "orbax"},
     ),
+    # Tools that read a step and run nothing.
+    "u2pl_jax.collectives": (set(), {"jax"}),
+    "u2pl_jax.step_shapes": (_u2pl({"sharding"}), {"jax", "ml_collections"}),
+    "u2pl_jax.roofline": (
+      _u2pl({"build", "config_checks", "models.layers", "models.resnet"}),
+      maths | {"ml_collections"},
+    ),
+    "u2pl_jax.scaling": (
+      _u2pl({"build", "config_checks", "roofline"}),
+      {"matplotlib", "ml_collections"},
+    ),
     "u2pl_jax.tiling": (
       _u2pl({"evaluation", "images", "sharding", "train_state"}),
       maths,

@@ -2,7 +2,8 @@
 
 The bytes of a collective are those of the array it is about (what an
 all-reduce reduces, an all-gather returns, a permutation sends), once for each
-time that it runs. A ring all-reduce sends close to twice that.
+time that it runs. A ring all-reduce sends close to twice that. Where code has
+branches all of them count.
 """
 
 import collections
@@ -18,19 +19,26 @@ BUDGET_FACTOR = 1.15
 
 _BYTES = {
   "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2,
-  "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+  "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
+  "c128": 16,
 }  # fmt: skip
 _KINDS = (
   "all-reduce",
   "all-gather",
   "reduce-scatter",
   "all-to-all",
+  "ragged-all-to-all",
   "collective-permute",
   "collective-broadcast",
 )
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$")
-_COLLECTIVE = re.compile(rf" ({'|'.join(_KINDS)})(-start)?\(([^)]*)\)")
+_COLLECTIVE = re.compile(rf" ({'|'.join(_KINDS)})(-start)?\((.*)$")
+# Attributes that name computations; the names of instructions look the same.
+_CALLED = re.compile(
+  r"\b(body|condition|calls|to_apply|branch_computations|true_computation"
+  r"|false_computation|called_computations)=(?:\{([^}]*)\}|%?([\w.-]+))"
+)
 # First match wins; the names are scopes of train_step.py and of the leaves.
 _PURPOSES = (
   ("mixing: the partner's image, box, pseudo labels", r"\bmixing\b"),
@@ -51,6 +59,7 @@ class Collective:
 
   Attributes:
     kind: 'all-reduce', ...
+    instruction: that moves it, perhaps together with other arrays.
     purpose: a name of `_PURPOSES`, or OTHER.
     shape: as the compiler writes it, such as 'f32[21,512,256]'.
     count: times that it runs in a step.
@@ -59,6 +68,7 @@ class Collective:
   """
 
   kind: str
+  instruction: str
   purpose: str
   shape: str
   count: int
@@ -67,6 +77,8 @@ class Collective:
 
 
 def _array_bytes(dtype: str, dims: str) -> int:
+  if dtype not in _BYTES:
+    raise ValueError(f"{dtype}[{dims}]: unknown type of an array that travels")
   return _BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
 
 
@@ -91,31 +103,54 @@ def _split_computations(text: str) -> dict[str, list[str]]:
   return computations
 
 
-def _executions(computations: dict[str, list[str]]) -> dict[str, int]:
-  """Times that each computation runs, from the trip counts of the loops."""
+def _executions(
+  computations: dict[str, list[str]],
+) -> tuple[dict[str, int], set[str]]:
+  """How often each computation runs.
+
+  Returns:
+    (times, from the trip counts of the loops; the computations that a loop of
+    unknown length runs, counted as if it ran once).
+  """
   calls = collections.defaultdict(list)
   called = set()
   for name, lines in computations.items():
     for line in lines:
-      trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-      for target in re.findall(
-        r"(?:body|condition|calls|to_apply|branch_computations=\{|"
-        r"true_computation|false_computation)=?%?([\w.-]+)",
-        line,
-      ):
-        if target in computations:
-          calls[name].append((target, int(trips[1]) if trips else 1))
-          called.add(target)
+      # The end of an asynchronous call names what its start has called.
+      if re.search(r" async-(update|done)\(", line):
+        continue
+      known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+      trips = int(known[1]) if known else 1
+      is_unknown = not known and re.search(r" while\(", line) is not None
+      for _, several, one in _CALLED.findall(line):
+        for target in re.findall(r"[\w.-]+", several or one):
+          if target in computations:
+            calls[name].append((target, trips, is_unknown))
+            called.add(target)
   times = collections.Counter()
+  uncertain = set()
 
-  def visit(name: str, count: int) -> None:
+  def visit(name: str, count: int, is_uncertain: bool) -> None:
     times[name] += count
-    for target, trips in calls[name]:
-      visit(target, count * trips)
+    if is_uncertain:
+      uncertain.add(name)
+    for target, trips, is_unknown in calls[name]:
+      visit(target, count * trips, is_uncertain or is_unknown)
 
   for name in computations.keys() - called:
-    visit(name, 1)
-  return times
+    visit(name, 1, False)
+  return times, uncertain
+
+
+def _operand_names(text: str) -> list[str]:
+  """The instructions between the parentheses that `text` begins within."""
+  depth = 1
+  for end, letter in enumerate(text):
+    depth += {"(": 1, ")": -1}.get(letter, 0)
+    if depth == 0:
+      text = text[:end]
+      break
+  return re.findall(r"%([\w.-]+)", text)
 
 
 def read(text: str) -> list[Collective]:
@@ -126,9 +161,13 @@ def read(text: str) -> list[Collective]:
 
   Returns:
     One entry for each array, as an instruction may combine several.
+
+  Raises:
+    ValueError: a loop whose length the compiler does not know sends something,
+      so that there is no total; or an array of an unknown type.
   """
   computations = _split_computations(text)
-  times = _executions(computations)
+  times, uncertain = _executions(computations)
   found = []
   for name, lines in computations.items():
     sources = {}
@@ -142,11 +181,13 @@ def read(text: str) -> list[Collective]:
       match = _COLLECTIVE.search(" " + instruction[2])
       if not match:
         continue
-      kind, start, operands = match[1], match[2], match[3]
+      if name in uncertain:
+        raise ValueError(
+          f"{instruction[1]} ({match[1]}) is in a loop of unknown length:"
+          " its bytes cannot be counted"
+        )
+      kind, start, operands = match[1], match[2], _operand_names(match[3])
       arrays = _ARRAY.findall((" " + instruction[2])[: match.start()])
-      operands = re.findall(
-        r"%?([\w.-]+)(?:,|$)", re.sub(r"/\*.*?\*/", "", operands)
-      )
       if start and len(arrays) > len(operands):
         # A start returns (operands, results[, contexts]).
         arrays = arrays[len(operands) : 2 * len(operands)]
@@ -161,6 +202,7 @@ def read(text: str) -> list[Collective]:
         found.append(
           Collective(
             kind=kind,
+            instruction=instruction[1],
             purpose=_purpose(made_by),
             shape=f"{dtype}[{dims}]",
             count=times[name],
@@ -169,6 +211,23 @@ def read(text: str) -> list[Collective]:
           )
         )
   return found
+
+
+def operations(found: list[Collective]) -> dict[str, int]:
+  """Times a step that the devices exchange something, by purpose.
+
+  Arrays that one instruction moves are one exchange, counted for the purpose of
+  the largest of them.
+  """
+  largest: dict[str, Collective] = {}
+  for entry in found:
+    known = largest.get(entry.instruction)
+    if known is None or entry.num_bytes > known.num_bytes:
+      largest[entry.instruction] = entry
+  times = collections.Counter()
+  for entry in largest.values():
+    times[entry.purpose] += entry.count
+  return dict(times.most_common())
 
 
 def _group_size(line: str) -> int:
@@ -180,6 +239,8 @@ def _group_size(line: str) -> int:
   if counted:
     return int(counted[2])
   axes = re.search(r"replica_groups=mesh\[([^\]]*)\] \{'(\w+)'\}", line)
+  if not axes:
+    raise ValueError(f"replica groups of an unknown form: {line.strip()}")
   return int(re.search(rf"'{axes[2]}'=(\d+)", axes[1])[1])
 
 
