@@ -9,7 +9,8 @@ batch, a dict of NumPy arrays:
   index      int32 [b]           position in the list of ids
   is_real    bool  [b]           eval streams only: False for filled-up rows
 
-Data are checked where they are read; every problem is one DataError.
+Data are checked where they are read; every problem is one DataError, and a file
+that turns out to be bad in the middle of a stream one RecordError.
 """
 
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from input_pipeline.datasets import (
   read_class_table,
   voc_palette,
 )
-from input_pipeline.errors import ConfigError, DataError
+from input_pipeline.errors import ConfigError, DataError, RecordError
 from input_pipeline.shards import Shards, shards_folder
 from input_pipeline.sources import Layout, Source, check_files, find_unlabelled
 from input_pipeline.splits import check_splits, read_split
@@ -41,6 +42,7 @@ __all__ = [
   "DatasetInfo",
   "Layout",
   "MaskFormat",
+  "RecordError",
   "Shards",
   "Source",
   "TrainTransform",
