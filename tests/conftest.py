@@ -37,27 +37,34 @@ _LONGEST = (
 def pytest_collection_modifyitems(config, items):
   """Several processes begin with the longest files."""
   # One keeps the order of the alphabet, in which a file is found again.
-  if not hasattr(config, "workerinput"):
+  if not _shares_the_session(config):
     return
   folder = pathlib.Path(__file__).parent
   rank = {folder / name: place for place, name in enumerate(_LONGEST)}
   items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
-def _session_folder(tmp_path_factory):
+def _shares_the_session(config):
+  """Whether this is one of several processes."""
+  # Not by the environment: a session that a test starts inherits it.
+  return hasattr(config, "workerinput")
+
+
+def _session_folder(config, tmp_path_factory):
   """Temporary folder that the processes of a session share."""
   folder = tmp_path_factory.getbasetemp()
-  return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+  return folder.parent if _shares_the_session(config) else folder
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
+def compilation_cache(pytestconfig, tmp_path_factory):
   """Programs that several tests compile are compiled once.
 
   Subprocesses of the tests share it through the environment, later sessions
   through its place.
   """
-  path = str(_session_folder(tmp_path_factory).parent / "jax-cache")
+  session = _session_folder(pytestconfig, tmp_path_factory)
+  path = str(session.parent / "jax-cache")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = path
   jax.config.update("jax_compilation_cache_dir", path)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -73,11 +80,11 @@ class TrainedRun:
 
 
 @pytest.fixture(scope="session")
-def trained_run(tmp_path_factory):
+def trained_run(pytestconfig, tmp_path_factory):
   """Three epochs of 'shapes', the last two semi-supervised."""
   from u2pl_jax import train
 
-  folder = _session_folder(tmp_path_factory) / "trained"
+  folder = _session_folder(pytestconfig, tmp_path_factory) / "trained"
   folder.mkdir(exist_ok=True)
   config = testing.get_config()
   config.dataset.root = str(folder / "data")
