@@ -358,11 +358,13 @@ class _Run:
     )
     network, _ = evaluated_network(state, step, recipe)
     meta = dataclasses.replace(meta, step=step, network=network)
-    if not (log_due or eval_due or save_due or images_due):
-      return state, meta
+    anything_due = log_due or eval_due or save_due or images_due
     if self._bad_records is not None:
-      self._bad_records.gather()
+      if anything_due:
+        self._bad_records.gather()
       meta = dataclasses.replace(meta, bad_records=self._bad_records.ids)
+    if not anything_due:
+      return state, meta
 
     # Also before a save, so that every checkpoint is a good one.
     train_metrics = jax.device_get(metrics)
