@@ -13,6 +13,7 @@ Data are checked where they are read; every problem is one DataError, and a file
 that turns out to be bad in the middle of a stream one RecordError.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from input_pipeline.datasets import (
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
   from input_pipeline.decode import decode_image, decode_mask, image_sizes
   from input_pipeline.pipeline import make_eval_stream, make_train_stream
   from input_pipeline.transforms import TrainTransform
+
+# Read when OpenCV is loaded, here and in worker processes. Its own lines about
+# a damaged file come at every attempt to read it and say less than our errors.
+os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
 
 __all__ = [
   "FOLDER",

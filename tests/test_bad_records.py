@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -160,6 +161,26 @@ def test_what_counts_as_bad(layout, damage, part, word):
   with pytest.raises(ip.RecordError) as error:
     batches(layout, 2)
   assert (error.value.id, str(error.value)) == said[0]
+
+
+def test_the_decoder_says_nothing_of_its_own(layout):
+  """It would at every attempt to read the file."""
+  path = layout.image_path(IDS[1])
+  truncate(path)
+  code = f"""if True:
+    import input_pipeline as ip
+    try:
+      ip.decode_image({path!r})
+    except ip.DataError as error:
+      print("refused")
+  """
+  result = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=data_trees.REPOSITORY,
+    capture_output=True,
+    text=True,
+  )
+  assert (result.stdout, result.stderr) == ("refused\n", "")
 
 
 def test_who_shares_the_work_changes_nothing(layout):
