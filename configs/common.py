@@ -96,6 +96,12 @@ def get_base_config() -> ml_collections.ConfigDict:
   # Threads (per process) and batches held ready.
   inputs.num_threads = 8
   inputs.prefetch = 4
+  # When a training image or its mask turns out to be missing or unreadable:
+  # 'fail', the run ends and says which; 'skip', the next image of the list
+  # takes its place. Evaluations always fail. See docs/own_data.md.
+  inputs.on_bad_record = "fail"
+  # With 'skip': more different ones than this end the run all the same.
+  inputs.max_bad_records = 10
 
   # -- Network -----------------------------------------------------------------
   config.model = model = ml_collections.ConfigDict()

@@ -9,9 +9,11 @@ batch, a dict of NumPy arrays:
   index      int32 [b]           position in the list of ids
   is_real    bool  [b]           eval streams only: False for filled-up rows
 
-Data are checked where they are read; every problem is one DataError.
+Data are checked where they are read; every problem is one DataError, and a file
+that turns out to be bad in the middle of a stream one RecordError.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from input_pipeline.datasets import (
@@ -23,7 +25,7 @@ from input_pipeline.datasets import (
   read_class_table,
   voc_palette,
 )
-from input_pipeline.errors import ConfigError, DataError
+from input_pipeline.errors import ConfigError, DataError, RecordError
 from input_pipeline.shards import Shards, shards_folder
 from input_pipeline.sources import Layout, Source, check_files, find_unlabelled
 from input_pipeline.splits import check_splits, read_split
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
   from input_pipeline.pipeline import make_eval_stream, make_train_stream
   from input_pipeline.transforms import TrainTransform
 
+# Read when OpenCV is loaded, here and in worker processes. Its own lines about
+# a damaged file come at every attempt to read it and say less than our errors.
+os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+
 __all__ = [
   "FOLDER",
   "MASK_FORMATS",
@@ -41,6 +47,7 @@ __all__ = [
   "DatasetInfo",
   "Layout",
   "MaskFormat",
+  "RecordError",
   "Shards",
   "Source",
   "TrainTransform",

@@ -41,5 +41,17 @@ class LabelError(DataError):
   """The mask holds a value or a colour that is no class."""
 
 
+class RecordError(DataError):
+  """An image, or its mask, cannot be used.
+
+  Attributes:
+    id: of the image.
+  """
+
+  def __init__(self, message: str, id: str):
+    super().__init__(message)
+    self.id = id
+
+
 class ConfigError(ValueError):
   """One line that names the key, its value and the fix."""

@@ -1,7 +1,8 @@
 """Streams of batches: an endless one to train on, a finite one to evaluate.
 
 The order of images and all random draws follow from the seed and the number of
-the batch alone. Threads, processes and hosts only share out the work.
+the batch alone, and where bad files are skipped from which files are bad.
+Threads, processes and hosts only share out the work.
 """
 
 import collections
@@ -24,10 +25,11 @@ from input_pipeline import datasets, decode, errors, sources, transforms
 
 Batch = dict[str, np.ndarray]
 
-# Key of an element that carries the text of a DataError in place of data. As
-# data it passes through grain's threads and processes unchanged and in order,
-# where an exception would come out wrapped, or with a foreign traceback.
-_ERROR = "error"
+# Key of an element for the images that could not be read, as (id, text of the
+# DataError) in the order of the attempts; alone where nothing could replace
+# them. As data it passes through grain's threads and processes unchanged and in
+# order, where an exception would come out wrapped, or with a foreign traceback.
+_BAD = "bad"
 
 
 def make_train_stream(
@@ -47,6 +49,8 @@ def make_train_stream(
   prefetch: int = 4,
   shard_index: int = 0,
   shard_count: int = 1,
+  on_bad_record: Callable[[str, str], None] | None = None,
+  max_bad_records: int = 0,
 ) -> Iterator[Batch]:
   """An endless stream of augmented batches.
 
@@ -59,6 +63,11 @@ def make_train_stream(
   Close the stream, or use it in a `with` statement, to stop its threads and
   processes. With num_workers > 0 the usual rule of multiprocessing holds: the
   main module must be importable and guard its work by `__name__`.
+
+  An image that cannot be read ends the stream, or with `on_bad_record` is
+  replaced by the next one of `ids` that can, the first following the last. The
+  replacement takes over the random draws of the row. Every attempt reads the
+  file anew, so that one that is mended is used again.
 
   Args:
     source: where images and masks come from, such as a Layout.
@@ -78,6 +87,11 @@ def make_train_stream(
     shard_index: which contiguous rows of every global batch to build here.
     shard_count: into how many parts the global batch is cut. The parts put one
       behind the other are the batch of shard_count=1.
+    on_bad_record: called with the id and the reason, one line, for every image
+      that a batch does without, before the batch is handed out and in the
+      process that iterates. What it raises ends the stream. None: no image is
+      replaced.
+    max_bad_records: with it, images that one row may try in vain.
 
   Returns:
     An iterator with close(), a context manager. It yields image uint8
@@ -85,7 +99,8 @@ def make_train_stream(
     [b, 4] and index int32 [b], with b = batch_size / shard_count.
 
   Raises:
-    DataError: `ids` is empty. While iterating: a file is missing or bad.
+    DataError: `ids` is empty. While iterating a RecordError: a file is missing
+      or bad and, with on_bad_record, nothing can replace it.
     ValueError: an argument is out of range.
   """
   if not ids:
@@ -98,6 +113,7 @@ def make_train_stream(
     num_threads=(num_threads, 0),
     prefetch=(prefetch, 0),
     shard_count=(shard_count, 1),
+    max_bad_records=(max_bad_records, 0),
   )
   _check_shard(batch_size, shard_index, shard_count)
   load = _LoadTrainExample(
@@ -108,6 +124,7 @@ def make_train_stream(
     num_classes,
     ignore_label,
     mask_format,
+    0 if on_bad_record is None else max_bad_records,
   )
   rows_here = batch_size // shard_count
   # Seeds of our own, not grain's default ones: those depend on how many
@@ -140,7 +157,9 @@ def make_train_stream(
       ),
       worker_init_fn=_init_worker,
     )
-  return _Stream(iter(stream), copy=num_workers > 0)
+  return _Stream(
+    iter(stream), copy=num_workers > 0, on_bad_record=on_bad_record
+  )
 
 
 def make_eval_stream(
@@ -200,7 +219,9 @@ def make_eval_stream(
 
   Raises:
     DataError: `ids` is empty, an image is missing, unreadable or larger than
-      `pad_to` without `center_crop`. While iterating: a file is missing or bad.
+      `pad_to` without `center_crop`. While iterating a RecordError: a file is
+      missing or bad. None is ever replaced: a score over other images would be
+      another score.
     ValueError: an argument is out of range.
   """
   if not ids:
@@ -251,7 +272,13 @@ def make_eval_stream(
 class _Stream:
   """Iterates over a grain dataset; raises errors and stops threads for it."""
 
-  def __init__(self, iterator: grain.DatasetIterator, *, copy: bool = False):
+  def __init__(
+    self,
+    iterator: grain.DatasetIterator,
+    *,
+    copy: bool = False,
+    on_bad_record: Callable[[str, str], None] | None = None,
+  ):
     # The threads and processes here are the parallelism; OpenCV's own threads
     # would only compete with them.
     cv2.setNumThreads(1)
@@ -259,6 +286,7 @@ class _Stream:
     # when they are deleted, which at exit comes too late and prints tracebacks.
     self._open = [iterator]
     self._copy = copy
+    self._on_bad_record = on_bad_record
     # Runs at close, when nobody holds the stream any more, or at exit while
     # modules are still there.
     self._finalize = weakref.finalize(self, _close_all, self._open)
@@ -269,16 +297,32 @@ class _Stream:
   def __next__(self) -> Batch:
     if not self._open:
       raise ValueError("the stream of batches is closed")
-    batch = next(self._open[0])
-    if _ERROR in batch:
-      self.close()
-      raise errors.DataError(batch[_ERROR])
+    batch = dict(next(self._open[0]))
+    if bad := batch.pop(_BAD, ()):
+      self._report(bad, is_lost=not batch)
     if self._copy:
       # Batches of another process lie in shared memory that ends with the
       # array: a device could still be reading it, and what is alive when the
       # interpreter exits prints a traceback.
       batch = {key: np.array(value) for key, value in batch.items()}
     return batch
+
+  def _report(self, bad: Sequence[tuple[str, str]], *, is_lost: bool) -> None:
+    try:
+      if self._on_bad_record is not None:
+        for id, reason in bad:
+          self._on_bad_record(id, reason)
+      if is_lost:
+        id, reason = bad[-1]
+        if len(bad) > 1:
+          reason = (
+            f"{reason} (nor can the {len(bad) - 1} images be read that were"
+            " tried before it)"
+          )
+        raise errors.RecordError(reason, id)
+    except BaseException:
+      self.close()
+      raise
 
   def close(self) -> None:
     """Stops threads and processes; closing twice is fine."""
@@ -330,7 +374,11 @@ class _HostRows(grain.MapDataset):
 
 @dataclasses.dataclass(frozen=True)
 class _LoadTrainExample:
-  """(position in ids, rng) -> one example, or the text of its error."""
+  """(position in ids, rng) -> one example, and what is bad on the way to it.
+
+  Attributes:
+    max_bad: images that may be bad before there is no example; 0: none.
+  """
 
   source: sources.Source
   ids: tuple[str, ...]
@@ -339,14 +387,23 @@ class _LoadTrainExample:
   num_classes: int
   ignore_label: int
   mask_format: datasets.MaskFormat
+  max_bad: int
 
   def __call__(self, index: int, rng: np.random.Generator) -> Mapping:
-    try:
-      image, mask = _load(self, self.ids[index])
-    except errors.DataError as error:
-      return {_ERROR: str(error)}
-    example = self.transform(image, mask, rng)
-    return {**example, "index": np.int32(index)}
+    bad = []
+    for _ in self.ids:
+      try:
+        image, mask = _load(self, self.ids[index])
+      except errors.DataError as error:
+        bad.append((self.ids[index], str(error)))
+        if len(bad) > self.max_bad:
+          break
+        index = (index + 1) % len(self.ids)
+        continue
+      example = self.transform(image, mask, rng)
+      example = {**example, "index": np.int32(index)}
+      return {**example, _BAD: tuple(bad)} if bad else example
+    return {_BAD: tuple(bad)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,7 +417,7 @@ class _EvalBatch:
 
 @dataclasses.dataclass(frozen=True)
 class _LoadEvalBatch:
-  """_EvalBatch -> batch, or the text of its error."""
+  """_EvalBatch -> batch, or its first image that is bad."""
 
   source: sources.Source
   ids: tuple[str, ...]
@@ -391,7 +448,7 @@ class _LoadEvalBatch:
       try:
         photo, mask = _load(self, self.ids[position])
       except errors.DataError as error:
-        return {_ERROR: str(error)}
+        return {_BAD: ((self.ids[position], str(error)),)}
       top = left = 0
       if self.center_crop:
         photo, (top, left) = _cut_middle(photo, plan.size)
@@ -402,11 +459,12 @@ class _LoadEvalBatch:
         left = max(self.window[1] - photo.shape[1], 0) // 2
       h, w = photo.shape[:2]
       if h > plan.size[0] or w > plan.size[1]:
-        path = self.source.image_path(self.ids[position])
-        return {
-          _ERROR: f"{path}: the image is {h}x{w} (height x width), not what its"
-          " header says; save it again"
-        }
+        id = self.ids[position]
+        text = (
+          f"{self.source.image_path(id)}: the image is {h}x{w} (height x"
+          " width), not what its header says; save it again"
+        )
+        return {_BAD: ((id, text),)}
       box = np.s_[row, top : top + h, left : left + w]
       image[box] = photo
       if mask is not None and is_real[row]:
@@ -504,12 +562,17 @@ def _load(
 
 
 def _stack(examples: Sequence[Mapping]) -> Mapping:
+  bad = []
   for example in examples:
-    if _ERROR in example:
-      return example
-  return {
-    key: np.stack([example[key] for example in examples]) for key in examples[0]
+    bad += example.get(_BAD, ())
+    if example.keys() == {_BAD}:
+      return {_BAD: tuple(bad)}
+  batch = {
+    key: np.stack([example[key] for example in examples])
+    for key in examples[0]
+    if key != _BAD
   }
+  return {**batch, _BAD: tuple(bad)} if bad else batch
 
 
 def _check_shard(batch_size: int, shard_index: int, shard_count: int) -> None:

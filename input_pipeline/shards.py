@@ -95,10 +95,12 @@ class Shards:
   def has_mask(self, id: str) -> bool:
     return id in self._position[MASKS]
 
-  def check(self, ids: Sequence[str], *, masks: bool) -> None:
+  def check(
+    self, ids: Sequence[str], *, masks: bool, max_missing: int = 0
+  ) -> None:
     for split in (IMAGES, MASKS) if masks else (IMAGES,):
       missing = [id for id in ids if id not in self._position[split]]
-      if missing:
+      if len(missing) > max_missing:
         raise errors.DataError(
           f"{self._folder}: {len(missing)} of {len(ids)} {split} of the lists"
           f" are not in the shards, the first is {missing[0]!r}: write the"

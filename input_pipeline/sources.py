@@ -41,8 +41,10 @@ class Source(Protocol):
   def has_mask(self, id: str) -> bool:
     """Whether there is a mask."""
 
-  def check(self, ids: Sequence[str], *, masks: bool) -> None:
-    """Raises a DataError if images, or also masks, are missing."""
+  def check(
+    self, ids: Sequence[str], *, masks: bool, max_missing: int = 0
+  ) -> None:
+    """Raises a DataError if more images, or also masks, are missing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +113,10 @@ class Layout:
   def has_mask(self, id: str) -> bool:
     return storage.is_file(self.mask_path(id))
 
-  def check(self, ids: Sequence[str], *, masks: bool) -> None:
-    check_files(self, ids, masks=masks)
+  def check(
+    self, ids: Sequence[str], *, masks: bool, max_missing: int = 0
+  ) -> None:
+    check_files(self, ids, masks=masks, max_missing=max_missing)
 
   def _path(self, folder: str, id: str, suffix: str) -> str:
     stem = storage.join(self.root, folder, id)
@@ -255,7 +259,9 @@ def find_unlabelled(
   return layout, tuple(sorted(name_of_id))
 
 
-def check_files(layout: Layout, ids: Sequence[str], *, masks: bool) -> None:
+def check_files(
+  layout: Layout, ids: Sequence[str], *, masks: bool, max_missing: int = 0
+) -> None:
   """Checks that the files of all ids exist.
 
   Every folder is listed once instead of asking for each file, so that ten
@@ -265,9 +271,10 @@ def check_files(layout: Layout, ids: Sequence[str], *, masks: bool) -> None:
     layout: where the files should be.
     ids: the ids to look for.
     masks: whether masks must exist too; False never looks at the mask folder.
+    max_missing: images, and masks, that may be missing all the same.
 
   Raises:
-    DataError: a folder or a file is missing.
+    DataError: a folder is missing, or more files than that.
   """
   if not storage.is_folder(layout.root):
     wanted = layout.image_dir + "/" + (f" and {layout.mask_dir}/" * masks)
@@ -277,10 +284,10 @@ def check_files(layout: Layout, ids: Sequence[str], *, masks: bool) -> None:
     )
   if any(id not in layout.images_elsewhere for id in ids):
     _check_folder(layout, layout.image_dir, "images", layout.image_suffix)
-  _check_exist([layout.image_path(id) for id in ids], "image")
+  _check_exist([layout.image_path(id) for id in ids], "image", max_missing)
   if masks:
     _check_folder(layout, layout.mask_dir, "masks", layout.mask_suffix)
-    _check_exist([layout.mask_path(id) for id in ids], "mask")
+    _check_exist([layout.mask_path(id) for id in ids], "mask", max_missing)
 
 
 def _check_folder(layout: Layout, name: str, kind: str, suffix: str) -> None:
@@ -292,7 +299,7 @@ def _check_folder(layout: Layout, name: str, kind: str, suffix: str) -> None:
     )
 
 
-def _check_exist(paths: Sequence[str], kind: str) -> None:
+def _check_exist(paths: Sequence[str], kind: str, max_missing: int) -> None:
   names_in_folder = collections.defaultdict(set)
   for path in paths:
     names_in_folder[os.path.dirname(path)].add(os.path.basename(path))
@@ -307,7 +314,7 @@ def _check_exist(paths: Sequence[str], kind: str) -> None:
         f"{folder}: cannot list the folder: {error.strerror}"
       ) from None
     missing.update(os.path.join(folder, name) for name in names - present)
-  if missing:
+  if len(missing) > max_missing:
     first, *others = (path for path in paths if path in missing)
     also = f" (also {' and '.join(others[:2])})" if others else ""
     raise errors.DataError(

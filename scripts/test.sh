@@ -3,7 +3,8 @@
 #
 #   bash scripts/test.sh [--slow] [pytest arguments]
 #
-# Tests marked slow run with --slow, or where CI is set.
+# Tests marked slow run with --slow, or where CI is set. Two processes share the
+# tests, file by file; -n0 runs them in one, as --pdb needs it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -27,4 +28,6 @@ cd "$ROOT"
 "$VENV_PYTHON" -m ruff check --quiet .
 "$VENV_PYTHON" -m ruff format --quiet --diff .
 # With the reasons of what is skipped, such as a browser that is not installed.
-exec "$VENV_PYTHON" -m pytest -rs ${arguments[@]+"${arguments[@]}"}
+# By file, whose fixtures are then set up once; tests/conftest.py has the order.
+exec "$VENV_PYTHON" -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder \
+  ${arguments[@]+"${arguments[@]}"}

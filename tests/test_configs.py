@@ -398,6 +398,8 @@ def test_every_key_has_a_comment():
     ("batch.unlabelled=3", "unlabelled=3.*4 devices"),
     ("eval.batch=2", "eval.batch=2.*4 devices"),
     ("input.crop_size=(16, 33)", "crop_size.*33"),
+    ("input.on_bad_record='ignore'", "'ignore'.*fail, skip"),
+    ("input.max_bad_records=0", "max_bad_records=0.*at least 1"),
     ("method='fixmatch'", "'fixmatch'.*u2pl, supervised"),
     ("quirks='onehot'", "'onehot'.*batch_onehot"),
     ("strong.mix='mixup'", "mixup.*cutmix"),

@@ -268,6 +268,36 @@ def test_sizes_are_those_of_rotated_images(tmp_path):
   assert copy.open_image("a").read(2) == b"\xff\xd8"
 
 
+def test_skipping_a_bad_record_is_skipping_a_bad_file(tmp_path):
+  layout, ids = ip.Layout(tmp_path), ["a", "b", "c"]
+  for id in ids:
+    data_trees.save(layout.image_path(id), data_trees.photo(id))
+    data_trees.save(layout.mask_path(id), data_trees.labels(id, 21))
+  path = pathlib.Path(layout.image_path("b"))
+  path.write_bytes(path.read_bytes()[:-20])
+  folder = tfds_builders.write_shards(
+    layout, ids, str(tmp_path / "out"), dataset_name="voc"
+  )
+  batches, reasons = [], []
+  for source in (layout, ip.Shards(folder, mask_format="index")):
+    with ip.make_train_stream(
+      source,
+      ids,
+      ip.TrainTransform((9, 9)),
+      batch_size=3,
+      seed=0,
+      with_labels=True,
+      num_classes=21,
+      on_bad_record=lambda id, reason: reasons.append((id, reason)),
+      max_bad_records=1,
+    ) as stream:
+      batches.append(list(itertools.islice(stream, 3)))
+  assert_equal(*batches)
+  assert [id for id, _ in reasons] == ["b"] * 6
+  assert reasons[0][1].startswith(f"{path}: the JPEG file is truncated")
+  assert reasons[3][1].startswith(f"{folder}, image b: the JPEG file is trunc")
+
+
 # -- Bad input -----------------------------------------------------------------
 
 
@@ -312,6 +342,9 @@ def test_shards_of_something_else(own_trees):
     "1 of 2 images of the lists are not in the shards, the first is 'x'"
     in (refused(config))
   )
+  # To a run that skips bad records it is one of them.
+  config.input.on_bad_record = "skip"
+  assert load(config).unlabelled == ("2008_000008", "x")
   (root / "tfds/voc_aug/1.0.0/metadata.json").write_text("{}")
   assert "have no index of ids" in refused(config)
 

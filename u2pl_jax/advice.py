@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from u2pl_jax.clock import DATA_WAIT_ADVICE, DATA_WAIT_LIMIT
 from u2pl_jax.run_log import Run
 
 # From the worst to the mildest: the run is lost or harmful; it falls short of
@@ -67,9 +68,8 @@ _LATE = 0.7
 # have 0.001 and 0.01 for 16 images, from ImageNet; our rows from random weights
 # 0.005 to 0.1 for 8. Four times beyond either end is outside all of them.
 _USUAL_RATES = {True: (1.5e-5, 2.5e-3), False: (1.5e-4, 5e-2)}
-# The device idles a fifth of the time: workers are cheaper than that. At a half
-# the input decides how long the run takes.
-_WAIT, _LONG_WAIT = 0.2, 0.5
+# At a half the input decides how long the run takes.
+_LONG_WAIT = 0.5
 # Whole images are harder than crops by some points, not by fifteen.
 _OVERFIT_GAP = 0.15
 # Two points of pixel accuracy or mIoU: more than a few hundred images vary.
@@ -791,16 +791,14 @@ def _data_wait(run: Run) -> Finding | None:
   """The device waits for images."""
   steps, shares = run.series("time/data_wait_share")
   # The first line holds the start of the readers.
-  if shares.size < _MIN_LINES or shares[1:].mean() < _WAIT:
+  if shares.size < _MIN_LINES or shares[1:].mean() <= DATA_WAIT_LIMIT:
     return None
   mean = shares[1:].mean()
   return Finding(
     "The device waits for images",
     f"time/data_wait_share is {_percent(mean)} on average over steps"
     f" {steps[1]:,} to {steps[-1]:,}.",
-    "Raise config.input.num_workers (PNG) or num_threads (JPEG), keep the data"
-    " on a local disk, or write shards with scripts/write_tfds.py;"
-    " docs/input_speed.md has the numbers.",
+    DATA_WAIT_ADVICE,
     WARNING if mean >= _LONG_WAIT else HINT,
   )
 

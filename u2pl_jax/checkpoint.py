@@ -50,6 +50,7 @@ class Meta:
     lists: digest of the lists of images.
     evaluations: (step, mIoU) of all so far, oldest first.
     contenders: steps that may be the best one after further evaluations.
+    bad_records: ids of the training images that were skipped so far, sorted.
   """
 
   step: int
@@ -60,6 +61,7 @@ class Meta:
   lists: str
   evaluations: tuple[tuple[int, float], ...] = ()
   contenders: tuple[int, ...] = ()
+  bad_records: tuple[str, ...] = ()
 
 
 class _LatestAndBest:
@@ -384,6 +386,7 @@ def _read_meta(folder: pathlib.Path, step: int) -> tuple[Meta, int]:
     meta,
     evaluations=tuple(map(tuple, meta.evaluations)),
     contenders=tuple(meta.contenders),
+    bad_records=tuple(meta.bad_records),
   )
   if meta.step != step:
     raise ValueError(f"its meta data are of step {meta.step}")

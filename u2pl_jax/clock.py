@@ -1,8 +1,19 @@
-"""How fast a run goes, and how long it takes."""
+"""How fast a run goes, how long it takes, and whether it waits for data."""
 
 import contextlib
 import time
 from collections.abc import Iterator
+
+# Share of the time that the device may wait for images. A fifth: workers are
+# cheaper than that.
+DATA_WAIT_LIMIT = 0.2
+DATA_WAIT_ADVICE = (
+  "Raise config.input.num_workers (PNG) or num_threads (JPEG), and prefetch if"
+  " the reads are uneven; keep the data on a local disk, or write shards with"
+  " scripts/write_tfds.py; docs/input_speed.md has the numbers."
+)
+# A warning at every line would bury the lines.
+_LINES_BETWEEN_WARNINGS = 20
 
 
 class Clock:
@@ -46,6 +57,38 @@ class Clock:
       "time/data_wait_share": self._waited / elapsed,
       "time/seconds": time.perf_counter() - self._begin,
     }
+
+
+class StallWarning:
+  """Decides which lines of a run come with a warning about slow input."""
+
+  def __init__(self):
+    self._quiet_lines = 0
+
+  def stream_opens(self) -> None:
+    """The readers start: the next line says nothing about their speed."""
+    self._quiet_lines = max(self._quiet_lines, 1)
+
+  def of_line(self, data_wait_share: float) -> str | None:
+    """The warning that belongs to the next line of the log, if any.
+
+    Args:
+      data_wait_share: of the time since the line before.
+
+    Returns:
+      One line, or None: the share is within DATA_WAIT_LIMIT, or one of the
+      last lines had a warning.
+    """
+    if self._quiet_lines:
+      self._quiet_lines -= 1
+      return None
+    if data_wait_share <= DATA_WAIT_LIMIT:
+      return None
+    self._quiet_lines = _LINES_BETWEEN_WARNINGS
+    return (
+      f"slow input: {data_wait_share:.0%} of the time since the last line the"
+      f" device had no images to work on. {DATA_WAIT_ADVICE}"
+    )
 
 
 def duration(seconds: float) -> str:

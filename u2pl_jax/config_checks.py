@@ -14,6 +14,7 @@ from u2pl_jax.strong_augmentation import MIXES
 from u2pl_jax.train_step import QUIRKS
 
 METHODS = ("u2pl", "supervised")
+BAD_RECORDS = ("fail", "skip")
 SCHEDULES = ("poly", "cosine", "multistep", "plateau")
 
 
@@ -228,6 +229,7 @@ def check_config(
     0 < low <= 1 <= high,
     f"config.input.scale_range={(low, high)}: needs 0 < low <= 1 <= high",
   )
+  _choice("input.on_bad_record", config.input.on_bad_record, BAD_RECORDS)
   _in_range("input.flip_probability", config.input.flip_probability, 0, 1)
   _in_range("strong.mix_probability", config.strong.mix_probability, 0, 1)
   for key in (
@@ -279,6 +281,7 @@ def check_config(
     ("log.every_steps", config.log.every_steps),
     ("input.num_threads", config.input.num_threads),
     ("input.prefetch", config.input.prefetch),
+    ("input.max_bad_records", config.input.max_bad_records),
     ("model.rep_features", config.model.rep_features),
   ):
     _require(value >= 1, f"config.{key}={value}: must be at least 1")

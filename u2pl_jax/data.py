@@ -18,6 +18,7 @@ from input_pipeline import (
   read_split,
 )
 from input_pipeline.dataset_config import list_path, open_source, read_lists
+from u2pl_jax.bad_records import BadRecords
 from u2pl_jax.config_checks import eval_protocol
 from u2pl_jax.evaluation import Protocol
 from u2pl_jax.train_step import Recipe
@@ -59,10 +60,13 @@ def load_data(config: ml_collections.ConfigDict, info: DatasetInfo) -> Data:
   """
   source, ids = read_lists(config.dataset)
   check_splits({list_path(config.dataset, part): ids[part] for part in ids})
-  source.check(ids["labelled"], masks=True)
+  # A run that skips goes on after a stop without the files it skipped.
+  skips = config.input.on_bad_record == "skip"
+  max_missing = config.input.max_bad_records if skips else 0
+  source.check(ids["labelled"], masks=True, max_missing=max_missing)
   source.check(ids["validation"], masks=True)
   if config.method != "supervised":
-    source.check(ids["unlabelled"], masks=False)
+    source.check(ids["unlabelled"], masks=False, max_missing=max_missing)
   data = Data(
     info=info,
     source=source,
@@ -136,11 +140,20 @@ def open_train_stream(
   config: ml_collections.ConfigDict,
   data: Data,
   recipe: Recipe,
+  bad_records: BadRecords | None = None,
   *,
   labelled: bool,
   step: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """The stream whose next batch is the one of `step`."""
+  """The stream whose next batch is the one of `step`.
+
+  Args:
+    config, data, recipe: of the run.
+    bad_records: counts the images that cannot be read and are replaced; None:
+      such an image ends the stream.
+    labelled: which of the two streams.
+    step: number of the update, from 0.
+  """
   inputs = config.input
   ignore = config.dataset.ignore_label
   return make_train_stream(
@@ -165,6 +178,8 @@ def open_train_stream(
     prefetch=inputs.prefetch,
     shard_index=jax.process_index(),
     shard_count=jax.process_count(),
+    on_bad_record=None if bad_records is None else bad_records.add,
+    max_bad_records=inputs.max_bad_records,
   )
 
 

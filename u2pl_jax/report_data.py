@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from input_pipeline import decode, make_eval_stream, parallel
+from input_pipeline import DataError, decode, make_eval_stream, parallel
 from u2pl_jax import report, sharding
 from u2pl_jax.build import Program
 from u2pl_jax.contrastive import class_membership, negative_mask
@@ -287,7 +287,9 @@ class Reporter:
       four unlabelled ones.
 
     Raises:
-      DataError: a file cannot be read any more.
+      DataError: a file cannot be read any more. With
+        config.input.on_bad_record='skip' unlabelled images that cannot are left
+        out.
     """
     recipe, count = self._program.recipe, self._config.log.report_images
     samples = self.samples(
@@ -358,6 +360,10 @@ class Reporter:
     # From all over the list: neighbours may be frames of the same scene.
     places = np.linspace(0, len(data.unlabelled) - 1, count).round().astype(int)
     ids = tuple(data.unlabelled[place] for place in places)
+    if config.input.on_bad_record == "skip":
+      ids = tuple(filter(self._is_readable, ids))
+      if not ids:
+        return ()
     stream = make_eval_stream(
       data.source,
       ids,
@@ -391,19 +397,34 @@ class Reporter:
           )
     return tuple(samples)
 
+  def _is_readable(self, image_id: str) -> bool:
+    source = self._data.source
+    try:
+      decode.image_from_bytes(
+        source.read_image(image_id), source.image_path(image_id)
+      )
+    except DataError:
+      return False
+    return True
+
   def _labelled_pixels(self) -> list[int]:
-    """Pixels of each class in the labelled masks."""
+    """Pixels of each class in the labelled masks, of those that a run uses."""
     config, data = self._config, self._data
     num_classes = data.info.num_classes
 
     def count(image_id: str) -> np.ndarray:
-      mask = decode.mask_from_bytes(
-        data.source.read_mask(image_id),
-        data.source.mask_path(image_id),
-        num_classes=num_classes,
-        ignore_label=config.dataset.ignore_label,
-        mask_format=data.info.mask_format(config.dataset.mask_format),
-      )
+      try:
+        mask = decode.mask_from_bytes(
+          data.source.read_mask(image_id),
+          data.source.mask_path(image_id),
+          num_classes=num_classes,
+          ignore_label=config.dataset.ignore_label,
+          mask_format=data.info.mask_format(config.dataset.mask_format),
+        )
+      except DataError:
+        if config.input.on_bad_record != "skip":
+          raise
+        return np.zeros(num_classes, np.int64)
       return np.bincount(mask.ravel(), minlength=256)[:num_classes]
 
     counts = parallel.map_in_threads(

@@ -20,10 +20,12 @@ import jax
 import ml_collections
 import numpy as np
 
+from input_pipeline import DataError, RecordError
 from input_pipeline.dataset_config import load_info, prepare_dataset
 from input_pipeline.split_families import identify_split
 from u2pl_jax import distributed, plateau, sharding, writers
 from u2pl_jax import optimizer as optimizer_lib
+from u2pl_jax.bad_records import BadRecords
 from u2pl_jax.build import (
   DataSpec,
   Program,
@@ -32,7 +34,7 @@ from u2pl_jax.build import (
   build,
 )
 from u2pl_jax.checkpoint import Checkpoints, Meta
-from u2pl_jax.clock import Clock, duration
+from u2pl_jax.clock import Clock, StallWarning, duration
 from u2pl_jax.config_checks import ConfigError, check_config
 from u2pl_jax.data import (
   Data,
@@ -238,6 +240,8 @@ class _Run:
     self._writer = writer
     self._reporter = reporter
     self._clock = Clock()
+    self._stall_warning = StallWarning()
+    self._bad_records: BadRecords | None = None
     self._compiled: set[str] = set()
     self._last_finite_step = 0
 
@@ -245,6 +249,12 @@ class _Run:
     """Goes on from `meta.step` to the last step; `state` is donated."""
     step = self._last_finite_step = meta.step
     in_flight = collections.deque()
+    if self._config.input.on_bad_record == "skip":
+      self._bad_records = BadRecords(
+        (*self._data.labelled, *self._data.unlabelled),
+        limit=self._config.input.max_bad_records,
+        known=meta.bad_records,
+      )
     try:
       with contextlib.ExitStack() as streams:
         for batches in self._batches(meta.step, streams):
@@ -261,6 +271,11 @@ class _Run:
         f"interrupted at step {step}; {self._last_checkpoint()}; run the same"
         " command again to go on"
       ) from None
+    except DataError as error:
+      raise DataError(
+        f"{error}; stopped at step {step}; {self._last_checkpoint()}; run the"
+        " same command again to go on once the data are mended"
+      ) from None
     self._checkpoints.wait()
     return state, meta
 
@@ -273,9 +288,15 @@ class _Run:
 
     def open_stream(labelled: bool, step: int):
       stream = open_train_stream(
-        config, self._data, recipe, labelled=labelled, step=step
+        config,
+        self._data,
+        recipe,
+        self._bad_records,
+        labelled=labelled,
+        step=step,
       )
       streams.callback(stream.close)
+      self._stall_warning.stream_opens()
       return stream
 
     stream_l = open_stream(True, first)
@@ -286,10 +307,23 @@ class _Run:
         # Only now: the warm-up reads no unlabelled image.
         stream_u = open_stream(False, step)
       with self._clock.waiting_for_data():
-        batches = [_put(program, next(stream_l), "image", "label", "valid_box")]
+        batch = self._next_batch(stream_l)
+        batches = [_put(program, batch, "image", "label", "valid_box")]
         if semi:
-          batches.append(_put(program, next(stream_u), "image", "valid_box"))
+          batch = self._next_batch(stream_u)
+          batches.append(_put(program, batch, "image", "valid_box"))
       yield batches
+
+  def _next_batch(
+    self, stream: Iterator[dict[str, np.ndarray]]
+  ) -> dict[str, np.ndarray]:
+    try:
+      return next(stream)
+    except RecordError as error:
+      hint = ""
+      if self._bad_records is None:
+        hint = ", or set config.input.on_bad_record='skip' to do without it"
+      raise DataError(f"training image {error.id!r}: {error}{hint}") from None
 
   def _update(
     self, state: TrainState, batches: list[dict[str, jax.Array]]
@@ -335,7 +369,12 @@ class _Run:
     )
     network, _ = evaluated_network(state, step, recipe)
     meta = dataclasses.replace(meta, step=step, network=network)
-    if not (log_due or eval_due or save_due or images_due):
+    anything_due = log_due or eval_due or save_due or images_due
+    if self._bad_records is not None:
+      if anything_due:
+        self._bad_records.gather()
+      meta = dataclasses.replace(meta, bad_records=self._bad_records.ids)
+    if not anything_due:
       return state, meta
 
     # Also before a save, so that every checkpoint is a good one.
@@ -468,6 +507,8 @@ class _Run:
       for name in ("sup_loss", "unsup_loss", "contra_loss")
       if name in metrics
     )
+    if slow_input := self._stall_warning.of_line(speed["time/data_wait_share"]):
+      logger.warning(slow_input)
     seconds = speed["time/seconds_per_step"] * (end - step)
     logger.info(
       "%s  epoch %d/%d  step %d/%d  %s  %.1f images/s  data wait %.0f%%  %s %s",
@@ -491,6 +532,8 @@ class _Run:
       else optimizer_lib.get_learning_rate(state.opt_state)
     )
     line["train/epoch"] = step / recipe.steps_per_epoch
+    if self._bad_records is not None:
+      line["train/bad_records"] = len(self._bad_records.ids)
     return line | speed
 
   def _check_finite(

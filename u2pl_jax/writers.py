@@ -39,11 +39,15 @@ METRICS_FILE = "metrics.jsonl"
 WANDB_FILE = "wandb_run.txt"
 
 # Keys that another run in the same workdir may change: none of them changes a
-# parameter, and log.every_steps only changes which steps are written.
+# parameter, and log.every_steps only changes which steps are written. (A run
+# that failed at its first bad record has used none, so that to go on with
+# 'skip' is to have had it from the start.)
 MAY_CHANGE = (
   "checkpoint.keep",
+  "input.max_bad_records",
   "input.num_threads",
   "input.num_workers",
+  "input.on_bad_record",
   "input.prefetch",
   "log.every_steps",
   "log.images_every_epochs",
