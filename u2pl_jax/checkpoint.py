@@ -7,13 +7,20 @@ input needs no item of its own, since batch k is a function of (seed, k).
 A save is asynchronous and atomic: orbax writes into a folder with another name
 and renames it. What a killed process leaves under such a name is removed by the
 next one; what is damaged later is skipped here.
+
+What SIGTERM has a run save lies apart, in PREEMPTED_FOLDER, since that step may
+not be complete: its evaluation may be due. It goes as soon as there is a newer
+checkpoint, so that in the end the folders are those of a run without SIGTERM.
 """
 
+import contextlib
 import dataclasses
+import json
 import logging
 import pathlib
 import shutil
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,6 +31,7 @@ from flax import traverse_util
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
+PREEMPTED_FOLDER = "preempted_checkpoint"
 # Damaged checkpoints are moved here, out of the way of the step that will be
 # saved under the same number.
 UNREADABLE_FOLDER = "unreadable_checkpoints"
@@ -47,6 +55,8 @@ class Meta:
     lists: digest of the lists of images.
     evaluations: (step, mIoU) of all so far, oldest first.
     contenders: steps that may be the best one after further evaluations.
+    pending_line: None if all that belongs to the step is done. Otherwise its
+      evaluation is due, and this is the rest of its line of metrics.
   """
 
   step: int
@@ -57,6 +67,7 @@ class Meta:
   lists: str
   evaluations: tuple[tuple[int, float], ...] = ()
   contenders: tuple[int, ...] = ()
+  pending_line: dict[str, int | float] | None = None
 
 
 class _LatestAndBest:
@@ -85,25 +96,17 @@ class Checkpoints:
     """
     self._workdir = workdir
     self.directory = (workdir / FOLDER).absolute()
+    self._preempted_directory = (workdir / PREEMPTED_FOLDER).absolute()
     self._policy = _LatestAndBest(keep)
-    if jax.process_index() == 0:
-      _remove_unfinished(self.directory)
-    self._manager = ocp.CheckpointManager(
-      self.directory,
-      item_handlers={
-        "state": ocp.StandardCheckpointHandler(),
-        "meta": ocp.JsonCheckpointHandler(),
-      },
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=self._policy,
-        # Reads nothing of the existing steps, of which one may be damaged.
-        lightweight_initialize=True,
-      ),
-    )
+    self._manager = _open_manager(self.directory, self._policy)
+    # The folder is made when it is needed.
+    self._preempted = None
+    if self._preempted_directory.is_dir():
+      self._preempted = _open_manager(self._preempted_directory)
 
   def steps(self) -> tuple[int, ...]:
     """The steps that have a checkpoint, readable or not, oldest first."""
-    return tuple(sorted(self._manager.all_steps()))
+    return tuple(dict.fromkeys(step for step, _ in self._stored()))
 
   def save(self, state: Any, meta: Meta) -> None:
     """Begins to save; returns when the state may be donated.
@@ -114,18 +117,31 @@ class Checkpoints:
       state: pytree of arrays.
       meta: of the same step; decides which old checkpoints are kept: those of
         the best step and the contenders.
+
+    Raises:
+      CheckpointError: this one or the previous one cannot be written.
     """
+    self.wait()
     self._policy.kept = {meta.best_step, *meta.contenders}
-    stored_meta = {**dataclasses.asdict(meta), "checksum": _checksum(state)}
-    self._manager.save(
-      meta.step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(_to_tree(state)),
-        meta=ocp.args.JsonSave(stored_meta),
-      ),
-      # Without it a step that is not the newest would be left out silently.
-      force=True,
-    )
+    with self._writing():
+      _save(self._manager, state, meta)
+
+  def save_preempted(self, state: Any, meta: Meta) -> None:
+    """Saves a step that is not due, or not complete; returns when it is done.
+
+    Args:
+      state, meta: as of `save`.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    self.wait()
+    if self._preempted is None:
+      self._preempted = _open_manager(self._preempted_directory)
+    with self._writing():
+      _save(self._preempted, state, meta)
+      self._preempted.wait_until_finished()
+    self._drop_preempted(before=meta.step)
 
   def restore_latest(
     self, like: Any, *, config: str, lists: str
@@ -146,21 +162,25 @@ class Checkpoints:
       CheckpointError: there are checkpoints but none is readable; or one is of
         another config, other lists or another network.
     """
-    unreadable: dict[int, str] = {}
-    for step in reversed(self.steps()):
+    unreadable: dict[pathlib.Path, str] = {}
+    for step, manager in reversed(self._stored()):
+      folder = _folder(manager, step)
       try:
-        meta, checksum = _read_meta(self.directory / str(step), step)
-        stored = self._read_structure(step)
+        meta, sums = _read_meta(folder, step)
+        stored = _read_structure(manager, step)
+        # Or the damage would pass for another network.
+        if sums.arrays not in (None, _checksum_of_names(stored)):
+          raise ValueError("the names of the arrays are not those saved")
       except Exception as error:  # Damage shows as a dozen types of errors.
-        unreadable[step] = _first_line(error)
+        unreadable[folder] = _first_line(error)
         continue
-      self._check_belongs(meta, stored, like, config=config, lists=lists)
+      _check_belongs(folder, meta, stored, like, config=config, lists=lists)
       try:
-        state = self._read_state(step, like)
-        if _checksum(state) != checksum:
+        state = _read_state(manager, step, like)
+        if _checksum(state) != sums.state:
           raise ValueError("the bytes are not those that were saved")
       except Exception as error:
-        unreadable[step] = _first_line(error)
+        unreadable[folder] = _first_line(error)
         continue
       if unreadable:
         self._set_aside(unreadable, used=step)
@@ -169,81 +189,183 @@ class Checkpoints:
       newest, reason = next(iter(unreadable.items()))
       raise CheckpointError(
         f"{self.directory}: none of the {len(unreadable)} checkpoints can be"
-        f" read (step {newest}: {reason}): repair the folder, or start anew"
-        " with another --workdir"
+        f" read (step {newest.name}: {reason}): repair the folder, or start"
+        " anew with another --workdir"
       )
     return None
 
   def wait(self) -> None:
-    """Returns when the last save is complete on disk."""
-    self._manager.wait_until_finished()
+    """Returns when the last save is complete on disk.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    with self._writing():
+      self._manager.wait_until_finished()
+    if self._preempted is not None:
+      newest = max(self._manager.all_steps(), default=-1)
+      self._drop_preempted(before=newest + 1)
 
   def close(self) -> None:
-    """Waits for the last save and stops the threads."""
-    self._manager.close()
+    """Waits for the last save and stops the threads.
 
-  def _read_structure(self, step: int) -> dict[str, tuple]:
-    """Shape and type of every array, by name."""
-    tree = self._manager.item_metadata(step).state.tree
-    leaves = traverse_util.flatten_dict(tree, sep="/")
-    return {k: (tuple(v.shape), str(v.dtype)) for k, v in leaves.items()}
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    with self._writing():
+      self._manager.close()
+      if self._preempted is not None:
+        self._preempted.close()
 
-  def _read_state(self, step: int, like: Any) -> Any:
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(_to_tree(like)))
-    tree = self._manager.restore(step, args=args).state
-    arrays = traverse_util.flatten_dict(tree, sep="/")
-    names, _, treedef = _flatten(like)
-    return treedef.unflatten([arrays[name] for name in names])
+  def _stored(self) -> list[tuple[int, ocp.CheckpointManager]]:
+    """Step and where it lies, oldest first; of two of a step the complete one
+    last."""
+    found = [(step, self._manager) for step in self._manager.all_steps()]
+    if self._preempted is not None:
+      found += [(step, self._preempted) for step in self._preempted.all_steps()]
+    return sorted(found, key=lambda item: (item[0], item[1] is self._manager))
 
-  def _check_belongs(
-    self, meta: Meta, stored: dict, like: Any, *, config: str, lists: str
+  def _drop_preempted(self, *, before: int) -> None:
+    for step in self._preempted.all_steps():
+      if step < before:
+        self._preempted.delete(step)
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """What goes wrong while a save is under way, in one line."""
+    try:
+      yield
+    except Exception as error:  # As of reading.
+      raise CheckpointError(
+        f"{self.directory}: a checkpoint cannot be written"
+        f" ({_first_line(error)}): make room, or set the permissions right; the"
+        " same command then goes on from the last one that is complete"
+      ) from error
+
+  def _set_aside(
+    self, unreadable: dict[pathlib.Path, str], *, used: int
   ) -> None:
-    folder = self.directory / str(meta.step)
-    fix = "choose another --workdir, or remove the folder to start anew"
-    if meta.config != config:
-      raise CheckpointError(
-        f"{folder}: the checkpoint was made with another config: {fix}"
-      )
-    if meta.lists != lists:
-      raise CheckpointError(
-        f"{folder}: the lists of images have changed since this checkpoint:"
-        f" restore them, {fix}"
-      )
-    names, leaves, _ = _flatten(like)
-    wanted = {
-      name: (tuple(leaf.shape), str(leaf.dtype))
-      for name, leaf in zip(names, leaves, strict=True)
-    }
-    for name in sorted(stored.keys() | wanted.keys()):
-      if stored.get(name) != wanted.get(name):
-        raise CheckpointError(
-          f"{folder}: the checkpoint is of another network: {name} is"
-          f" {_describe(stored.get(name))} there and"
-          f" {_describe(wanted.get(name))} here: {fix}"
-        )
-
-  def _set_aside(self, unreadable: dict[int, str], *, used: int) -> None:
     folder = self._workdir / UNREADABLE_FOLDER
     newest, reason = next(iter(unreadable.items()))
     logger.warning(
       "checkpoint of step %s in %s cannot be read (%s): going on from step %d;"
       " moved to %s",
-      ", ".join(map(str, unreadable)),
-      self.directory,
+      ", ".join(path.name for path in unreadable),
+      newest.parent,
       reason,
       used,
       folder,
     )
     if jax.process_index() == 0:
       folder.mkdir(exist_ok=True)
-      for step in unreadable:
-        target = folder / str(step)
+      for path in unreadable:
+        target = folder / path.name
         number = 1
         while target.exists():
           number += 1
-          target = folder / f"{step}_{number}"
-        (self.directory / str(step)).rename(target)
+          target = folder / f"{path.name}_{number}"
+        path.rename(target)
     self._manager.reload()
+    if self._preempted is not None:
+      self._preempted.reload()
+
+
+def _open_manager(
+  directory: pathlib.Path, policy: _LatestAndBest | None = None
+) -> ocp.CheckpointManager:
+  """Without a policy all that is saved stays."""
+  if jax.process_index() == 0:
+    _remove_unfinished(directory)
+  return ocp.CheckpointManager(
+    directory,
+    item_handlers={
+      "state": ocp.StandardCheckpointHandler(),
+      "meta": ocp.JsonCheckpointHandler(),
+    },
+    options=ocp.CheckpointManagerOptions(
+      preservation_policy=policy,
+      # Reads nothing of the existing steps, of which one may be damaged.
+      lightweight_initialize=True,
+    ),
+  )
+
+
+def _folder(manager: ocp.CheckpointManager, step: int) -> pathlib.Path:
+  return pathlib.Path(manager.directory) / str(step)
+
+
+def _save(manager: ocp.CheckpointManager, state: Any, meta: Meta) -> None:
+  """Begins to save; returns when the state may be donated."""
+  stored_meta = dataclasses.asdict(meta)
+  names, leaves, _ = _flatten(state)
+  stored_meta |= {
+    "checksum": _checksum(state),
+    "arrays_checksum": _checksum_of_names(_structure(names, leaves)),
+  }
+  stored_meta["meta_checksum"] = _checksum_of_values(stored_meta)
+  manager.save(
+    meta.step,
+    args=ocp.args.Composite(
+      state=ocp.args.StandardSave(_to_tree(state)),
+      meta=ocp.args.JsonSave(stored_meta),
+    ),
+    # Without it a step that is not the newest would be left out silently.
+    force=True,
+  )
+
+
+def _structure(names: list[str], leaves: list[Any]) -> dict[str, tuple]:
+  """Shape and type of every array, by name."""
+  return {
+    name: (tuple(leaf.shape), str(leaf.dtype))
+    for name, leaf in zip(names, leaves, strict=True)
+  }
+
+
+def _read_structure(
+  manager: ocp.CheckpointManager, step: int
+) -> dict[str, tuple]:
+  tree = manager.item_metadata(step).state.tree
+  leaves = traverse_util.flatten_dict(tree, sep="/")
+  return _structure(list(leaves), list(leaves.values()))
+
+
+def _read_state(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
+  args = ocp.args.Composite(state=ocp.args.StandardRestore(_to_tree(like)))
+  tree = manager.restore(step, args=args).state
+  arrays = traverse_util.flatten_dict(tree, sep="/")
+  names, _, treedef = _flatten(like)
+  return treedef.unflatten([arrays[name] for name in names])
+
+
+def _check_belongs(
+  folder: pathlib.Path,
+  meta: Meta,
+  stored: dict,
+  like: Any,
+  *,
+  config: str,
+  lists: str,
+) -> None:
+  fix = "choose another --workdir, or remove the folder to start anew"
+  if meta.config != config:
+    raise CheckpointError(
+      f"{folder}: the checkpoint was made with another config: {fix}"
+    )
+  if meta.lists != lists:
+    raise CheckpointError(
+      f"{folder}: the lists of images have changed since this checkpoint:"
+      f" restore them, {fix}"
+    )
+  names, leaves, _ = _flatten(like)
+  wanted = _structure(names, leaves)
+  for name in sorted(stored.keys() | wanted.keys()):
+    if stored.get(name) != wanted.get(name):
+      raise CheckpointError(
+        f"{folder}: the checkpoint is of another network: {name} is"
+        f" {_describe(stored.get(name))} there and"
+        f" {_describe(wanted.get(name))} here: {fix}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +418,7 @@ def read_checkpoint(workdir: pathlib.Path, step: int | None = None) -> Stored:
   folder = directory / str(step)
   handler = ocp.StandardCheckpointHandler()
   try:
-    meta, checksum = _read_meta(folder, step)
+    meta, sums = _read_meta(folder, step)
     # As numpy arrays: nothing of it has to fit on a device.
     like = jax.tree.map(
       lambda leaf: np.empty(leaf.shape, leaf.dtype),
@@ -305,7 +427,7 @@ def read_checkpoint(workdir: pathlib.Path, step: int | None = None) -> Stored:
     tree = handler.restore(
       folder / "state", args=ocp.args.StandardRestore(like)
     )
-    if _checksum(tree) != checksum:
+    if _checksum(tree) != sums.state:
       raise ValueError("the bytes are not those that were saved")
   except Exception as error:  # Damage shows as a dozen types of errors.
     others = [str(other) for other in steps if other != step]
@@ -344,11 +466,24 @@ def _best_step(directory: pathlib.Path, steps: list[int]) -> int:
   return steps[-1]
 
 
-def _read_meta(folder: pathlib.Path, step: int) -> tuple[Meta, int]:
-  """Meta data of a step and the checksum of its state."""
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+  """Checksums of a state, and of the names, shapes and types in it.
+
+  The second is None in a checkpoint that is older than it.
+  """
+
+  state: int
+  arrays: int | None
+
+
+def _read_meta(folder: pathlib.Path, step: int) -> tuple[Meta, _Sums]:
   handler = ocp.JsonCheckpointHandler()
   stored = dict(handler.restore(folder / "meta"))
-  checksum = stored.pop("checksum")
+  meta_checksum = stored.pop("meta_checksum", None)
+  if meta_checksum not in (None, _checksum_of_values(stored)):
+    raise ValueError("its meta data are not those that were saved")
+  sums = _Sums(stored.pop("checksum"), stored.pop("arrays_checksum", None))
   meta = Meta(**stored)
   # JSON knows no tuples.
   meta = dataclasses.replace(
@@ -358,7 +493,7 @@ def _read_meta(folder: pathlib.Path, step: int) -> tuple[Meta, int]:
   )
   if meta.step != step:
     raise ValueError(f"its meta data are of step {meta.step}")
-  return meta, checksum
+  return meta, sums
 
 
 def _flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
@@ -392,6 +527,14 @@ def _checksum(state: Any) -> int:
     array = np.ascontiguousarray(np.asarray(leaf))
     crc = zlib.crc32(array.reshape(-1).view(np.uint8), crc)
   return crc
+
+
+def _checksum_of_names(structure: dict[str, tuple]) -> int:
+  return zlib.crc32(repr(sorted(structure.items())).encode())
+
+
+def _checksum_of_values(values: dict[str, Any]) -> int:
+  return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def _first(pair: tuple) -> Any:

@@ -2,6 +2,9 @@
 
 python -m u2pl_jax.main --config=configs/voc_1464.py
 python -m u2pl_jax.main --config=configs/voc_1464.py:seed=3 --workdir=runs/3
+
+Exit status: 0 trained to the end, 75 stopped by SIGTERM and 130 by an interrupt
+(the same command goes on), 1 an error, which the last line names.
 """
 
 import logging
@@ -11,6 +14,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from input_pipeline.command_line import CONFIG, fail, parse_flags
+from u2pl_jax import preemption as preemption_lib
 
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run. Default: runs/<config.name>."
@@ -18,6 +22,8 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main(_: list[str]) -> None:
+  preemption = preemption_lib.Preemption()
+  preemption.install()
   # The program's own lines, and of the libraries it uses only warnings.
   absl_logging.set_verbosity(absl_logging.WARNING)
   logger, handler = logging.getLogger("u2pl_jax"), logging.StreamHandler()
@@ -35,7 +41,7 @@ def main(_: list[str]) -> None:
   workdir = _WORKDIR.value or os.path.join("runs", CONFIG.value.name)
   diverged = train.TrainingDivergedError
   try:
-    train.train_and_evaluate(CONFIG.value, workdir)
+    train.train_and_evaluate(CONFIG.value, workdir, preemption)
   except (
     DataError,
     ConfigError,
@@ -44,6 +50,8 @@ def main(_: list[str]) -> None:
     diverged,
   ) as error:
     fail(str(error))
+  except preemption_lib.Preempted as stop:
+    fail(str(stop), code=preemption_lib.EXIT_CODE)
   except KeyboardInterrupt as interrupt:
     fail(str(interrupt) or "interrupted", code=130)
 
