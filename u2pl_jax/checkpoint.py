@@ -15,8 +15,10 @@ checkpoint, so that in the end the folders are those of a run without SIGTERM.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
+import os
 import pathlib
 import shutil
 import zlib
@@ -124,6 +126,7 @@ class Checkpoints:
     self.wait()
     self._policy.kept = {meta.best_step, *meta.contenders}
     with self._writing():
+      _check_room(self.directory, state)
       _save(self._manager, state, meta)
 
   def save_preempted(self, state: Any, meta: Meta) -> None:
@@ -139,6 +142,7 @@ class Checkpoints:
     if self._preempted is None:
       self._preempted = _open_manager(self._preempted_directory)
     with self._writing():
+      _check_room(self.directory, state)
       _save(self._preempted, state, meta)
       self._preempted.wait_until_finished()
     self._drop_preempted(before=meta.step)
@@ -166,18 +170,15 @@ class Checkpoints:
     for step, manager in reversed(self._stored()):
       folder = _folder(manager, step)
       try:
-        meta, sums = _read_meta(folder, step)
+        meta, checksum = _read_meta(folder, step)
         stored = _read_structure(manager, step)
-        # Or the damage would pass for another network.
-        if sums.arrays not in (None, _checksum_of_names(stored)):
-          raise ValueError("the names of the arrays are not those saved")
       except Exception as error:  # Damage shows as a dozen types of errors.
         unreadable[folder] = _first_line(error)
         continue
       _check_belongs(folder, meta, stored, like, config=config, lists=lists)
       try:
         state = _read_state(manager, step, like)
-        if _checksum(state) != sums.state:
+        if _checksum(state) != checksum:
           raise ValueError("the bytes are not those that were saved")
       except Exception as error:
         unreadable[folder] = _first_line(error)
@@ -238,8 +239,9 @@ class Checkpoints:
     except Exception as error:  # As of reading.
       raise CheckpointError(
         f"{self.directory}: a checkpoint cannot be written"
-        f" ({_first_line(error)}): make room, or set the permissions right; the"
-        " same command then goes on from the last one that is complete"
+        f" ({_why_not_written(error)}): make room, or set the permissions"
+        " right; the same command then goes on from the last one that is"
+        " complete"
       ) from error
 
   def _set_aside(
@@ -296,12 +298,8 @@ def _folder(manager: ocp.CheckpointManager, step: int) -> pathlib.Path:
 
 def _save(manager: ocp.CheckpointManager, state: Any, meta: Meta) -> None:
   """Begins to save; returns when the state may be donated."""
-  stored_meta = dataclasses.asdict(meta)
-  names, leaves, _ = _flatten(state)
-  stored_meta |= {
-    "checksum": _checksum(state),
-    "arrays_checksum": _checksum_of_names(_structure(names, leaves)),
-  }
+  stored_meta = {**dataclasses.asdict(meta), "checksum": _checksum(state)}
+  # Or a flipped byte would pass for another config, or another best step.
   stored_meta["meta_checksum"] = _checksum_of_values(stored_meta)
   manager.save(
     meta.step,
@@ -312,6 +310,18 @@ def _save(manager: ocp.CheckpointManager, state: Any, meta: Meta) -> None:
     # Without it a step that is not the newest would be left out silently.
     force=True,
   )
+
+
+def _check_room(directory: pathlib.Path, state: Any) -> None:
+  """Orbax would say it too, in some hundred lines."""
+  needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  free = shutil.disk_usage(directory).free
+  if free < needed:
+    raise OSError(
+      errno.ENOSPC,
+      f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:.1f} MB are needed,"
+      f" {free / 1e6:.1f} MB are free",
+    )
 
 
 def _structure(names: list[str], leaves: list[Any]) -> dict[str, tuple]:
@@ -418,7 +428,7 @@ def read_checkpoint(workdir: pathlib.Path, step: int | None = None) -> Stored:
   folder = directory / str(step)
   handler = ocp.StandardCheckpointHandler()
   try:
-    meta, sums = _read_meta(folder, step)
+    meta, checksum = _read_meta(folder, step)
     # As numpy arrays: nothing of it has to fit on a device.
     like = jax.tree.map(
       lambda leaf: np.empty(leaf.shape, leaf.dtype),
@@ -427,7 +437,7 @@ def read_checkpoint(workdir: pathlib.Path, step: int | None = None) -> Stored:
     tree = handler.restore(
       folder / "state", args=ocp.args.StandardRestore(like)
     )
-    if _checksum(tree) != sums.state:
+    if _checksum(tree) != checksum:
       raise ValueError("the bytes are not those that were saved")
   except Exception as error:  # Damage shows as a dozen types of errors.
     others = [str(other) for other in steps if other != step]
@@ -466,24 +476,15 @@ def _best_step(directory: pathlib.Path, steps: list[int]) -> int:
   return steps[-1]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sums:
-  """Checksums of a state, and of the names, shapes and types in it.
-
-  The second is None in a checkpoint that is older than it.
-  """
-
-  state: int
-  arrays: int | None
-
-
-def _read_meta(folder: pathlib.Path, step: int) -> tuple[Meta, _Sums]:
+def _read_meta(folder: pathlib.Path, step: int) -> tuple[Meta, int]:
+  """Meta data of a step and the checksum of its state."""
   handler = ocp.JsonCheckpointHandler()
   stored = dict(handler.restore(folder / "meta"))
+  # Earlier versions have saved none.
   meta_checksum = stored.pop("meta_checksum", None)
   if meta_checksum not in (None, _checksum_of_values(stored)):
     raise ValueError("its meta data are not those that were saved")
-  sums = _Sums(stored.pop("checksum"), stored.pop("arrays_checksum", None))
+  checksum = stored.pop("checksum")
   meta = Meta(**stored)
   # JSON knows no tuples.
   meta = dataclasses.replace(
@@ -493,7 +494,7 @@ def _read_meta(folder: pathlib.Path, step: int) -> tuple[Meta, _Sums]:
   )
   if meta.step != step:
     raise ValueError(f"its meta data are of step {meta.step}")
-  return meta, sums
+  return meta, checksum
 
 
 def _flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
@@ -529,10 +530,6 @@ def _checksum(state: Any) -> int:
   return crc
 
 
-def _checksum_of_names(structure: dict[str, tuple]) -> int:
-  return zlib.crc32(repr(sorted(structure.items())).encode())
-
-
 def _checksum_of_values(values: dict[str, Any]) -> int:
   return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
@@ -543,6 +540,16 @@ def _first(pair: tuple) -> Any:
 
 def _describe(array: tuple | None) -> str:
   return "absent" if array is None else f"{array[1]}{list(array[0])}"
+
+
+def _why_not_written(error: Exception) -> str:
+  """The system's word, which stands at the end of a long line of others."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES):
+    if os.strerror(number) in str(error):
+      return os.strerror(number)
+  return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:
