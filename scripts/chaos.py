@@ -457,7 +457,6 @@ class Chaos:
     trainer = Trainer(self._work, workdir, self._logs)
     problems = None
     while problems is None:
-      was_last = not self._turns
       if self._turns:
         life, fault = self._turn(trainer)
         what = fault.kind if life.injected else "no fault in time"
@@ -465,17 +464,18 @@ class Chaos:
         life, fault = trainer.live(), None
         what = "no fault"
       self._seconds = [*self._seconds[-4:], life.seconds]
-      if fault is not None and life.injected:
+      was_injected = fault is not None and life.injected
+      if was_injected:
         self.faults.append(fault)
         self._turns.popleft()
-      if self._may_damage(trainer) and self._damages:
+      if (life.code and not was_injected) or (fault and fault.problems):
+        problems = [f"exit status {life.code}: {life.log.splitlines()[-1:]}"]
+      elif self._may_damage(trainer) and self._damages:
         # A finished run too: it has to do the last steps again.
         what += f", then {self._damages[0]}"
         self._damage(trainer)
       elif life.code == 0:
         problems = differences(workdir, clean)
-      elif was_last or (fault is not None and fault.problems):
-        problems = [f"exit status {life.code}: {life.log.splitlines()[-1:]}"]
       left = len(self._turns) + 1
       eta = left * sum(self._seconds) / len(self._seconds)
       self._say(f"{what}: exit status {life.code}, ETA {duration(eta)}")
@@ -720,6 +720,9 @@ def main() -> int:
   except ChaosError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  except KeyboardInterrupt:
+    print(f"error: interrupted; the logs are in {work}", file=sys.stderr)
+    return 130
   survived = sum(not fault.problems for fault in chaos.faults)
   how = "small tmpfs" if own_disk else "limit on the size of a file"
   print(table(chaos.faults))

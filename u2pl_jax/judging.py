@@ -136,7 +136,9 @@ def contenders(
 def is_finished(
   config: ml_collections.ConfigDict, recipe: Recipe, meta: Meta
 ) -> bool:
-  """Whether nothing is left to train."""
+  """Whether nothing is left to train or to evaluate."""
+  if meta.pending_line is not None:
+    return False
   progress = plateau_progress(config, recipe, meta.evaluations)
   stopped = progress is not None and progress.stop
   return stopped or meta.step == recipe.total_steps

@@ -294,17 +294,16 @@ class _Run:
         )
         self._reporter.draw_missing(variables, network=network, step=step)
       with contextlib.ExitStack() as streams:
-        for batches in self._batches(meta.step, streams):
-          state, metrics = self._update(state, batches)
+        batches = self._batches(step, streams)
+        while not self._is_finished(meta):
+          state, metrics = self._update(state, next(batches))
           self._preemption.hold()
           in_flight.append(metrics["total_loss"])
           if len(in_flight) > _MAX_IN_FLIGHT:
             in_flight.popleft().block_until_ready()
           step += 1
           state, meta = self._after_update(step, state, metrics, meta)
-          if is_finished(self._config, self._program.recipe, meta):
-            break
-          if self._preemption.reached():
+          if not self._is_finished(meta) and self._preemption.reached():
             self._check_finite(step, jax.device_get(metrics), {})
             self._stop(state, meta)
     except KeyboardInterrupt:
@@ -405,6 +404,9 @@ class _Run:
     with self._clock.paused():
       return self._complete(state, meta, line)
 
+  def _is_finished(self, meta: Meta) -> bool:
+    return is_finished(self._config, self._program.recipe, meta)
+
   def _due(self, step: int) -> _Due:
     config, recipe = self._config, self._program.recipe
 
@@ -458,7 +460,7 @@ class _Run:
       )
       state = self._follow_plateau(state, evaluations, line)
       is_highest = rivals[-1][0] == step
-      save_due |= is_highest or is_finished(config, recipe, meta)
+      save_due |= is_highest or self._is_finished(meta)
       if is_highest:
         record = self._record(meta, counts)
     if line and self._writer is not None:
