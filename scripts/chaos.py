@@ -287,6 +287,8 @@ class Trainer:
       # Python ignores the signal that would come with it.
       resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes,) * 2)
 
+    # What the process before was killed in; this one removes it.
+    self._stale = self._unfinished()
     start = time.monotonic()
     with log_path.open("wb") as log:
       process = subprocess.Popen(
@@ -359,11 +361,16 @@ class Trainer:
 
   def is_saving(self, first: int) -> bool:
     """Whether a save is under way, of step `first` or a later one."""
+    unfinished = self._unfinished()
+    self._stale &= unfinished
+    return any(int(x.split(".")[0]) >= first for x in unfinished - self._stale)
+
+  def _unfinished(self) -> set[str]:
     try:
       names = os.listdir(self.workdir / "checkpoints")
     except FileNotFoundError:
-      return False
-    return any("tmp" in x and int(x.split(".")[0]) >= first for x in names)
+      return set()
+    return {name for name in names if "tmp" in name}
 
   def is_evaluating(self, first: int) -> bool:
     """Whether the last line is of a step that is evaluated: 4, 8 or 12."""
@@ -433,8 +440,10 @@ class Chaos:
     damages = few * [FLIPPED, TRUNCATED, DELETED, ALL_DAMAGED]
     self._rng.shuffle(damages)
     self._damages = collections.deque(damages)
-    clocks = self._rng.sample(range(len(turns)), min(few, len(turns)))
-    self._clock_turns = {len(turns) - turn for turn in clocks}
+    # By how many are left.
+    self._clock_turns = set(
+      self._rng.sample(range(len(turns) // 2, len(turns) + 1), few)
+    )
     # Seconds of a start: of the latest ones, all programs compiled.
     self._seconds = [12.0]
 
@@ -514,10 +523,10 @@ class Chaos:
     else:
       life = self._take_data_away(trainer, fault, clock)
     if clock is not None and life.injected:
-      jumped = Fault(CLOCK)
-      if not (self._work / "clock.txt").exists():
-        jumped.problems.append("no one has read the clock")
-      self.faults.append(jumped)
+      if (self._work / "clock.txt").exists():
+        self.faults.append(Fault(CLOCK))
+      else:  # It ended before anybody asked for the time: the next one, then.
+        self._clock_turns.add(len(self._turns) - 1)
     return life, fault
 
   def _moment(self, trainer: Trainer, phase: str) -> Moment:
@@ -531,8 +540,10 @@ class Chaos:
       "evaluating": (trainer.is_evaluating, 0.1),
       "report": (trainer.is_drawing, 1.0),
     }[phase]
-    # In the first, second or third epoch, or in a later one if that is done.
-    first = rng.choice([4, 8, 12])
+    # In the first, second or third epoch, or in a later one if that is done;
+    # mostly the last where there is little to damage afterwards.
+    few = len(trainer.checkpoints()) < 2
+    first = rng.choice([4, 12, 12] if few else [4, 8, 12])
     return trainer.after(rng.uniform(0, seconds), lambda: begin(first))
 
   def _any_moment(self, trainer: Trainer) -> Moment:
