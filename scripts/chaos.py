@@ -140,9 +140,7 @@ def differences(workdir: pathlib.Path, clean: pathlib.Path) -> list[str]:
   """What a finished run has that is not as in the clean one, one line each."""
   from u2pl_jax import checkpoint
 
-  found = _metrics_differences(
-    *(path / writers.METRICS_FILE for path in (workdir, clean))
-  )
+  found = metrics_differences(workdir, clean)
 
   def steps(path: pathlib.Path) -> list[str]:
     return sorted(step.name for step in (path / checkpoint.FOLDER).iterdir())
@@ -169,12 +167,16 @@ def differences(workdir: pathlib.Path, clean: pathlib.Path) -> list[str]:
   return found + _output_differences(workdir, clean)
 
 
-def _metrics_differences(
-  path: pathlib.Path, clean: pathlib.Path
-) -> Iterator[str]:
+def metrics_differences(
+  workdir: pathlib.Path, clean: pathlib.Path
+) -> list[str]:
+  """Of the lines of metrics alone."""
   rows, wanted = (
-    [json.loads(line) for line in file.read_text().splitlines()]
-    for file in (path, clean)
+    [
+      json.loads(line)
+      for line in (path / writers.METRICS_FILE).read_text().splitlines()
+    ]
+    for path in (workdir, clean)
   )
   steps = [row["step"] for row in rows]
   if steps != [row["step"] for row in wanted]:

@@ -108,6 +108,9 @@ def test_stopped_everywhere_equals_uninterrupted(root, tmp_path, monkeypatch):  
   assert step == 12
   assert line["train/sup_loss"] == pytest.approx(1 / 12)
   assert read_metrics(workdir)[-1]["step"] == 9
+  # As if the next process had been killed between its line and its save.
+  with (workdir / writers.METRICS_FILE).open("a") as file:
+    file.write(json.dumps({"step": 12, "eval/miou": 0.2}) + "\n")
   # The best step is saved, and its report is not drawn.
   stop(Checkpoints, "save", 16)
   assert sorted(p.name for p in (workdir / checkpoint.FOLDER).iterdir()) == [
@@ -152,6 +155,27 @@ def test_other_errors_of_files_keep_their_traceback(tmp_path):
   with pytest.raises(PermissionError):
     with train._full_disk_in_one_line(tmp_path):
       raise PermissionError(errno.EACCES, "no")
+
+
+def test_full_disk_in_tensorboard(tmp_path):
+  """Whose library has an error of its own for it."""
+  tf = pytest.importorskip("tensorflow")
+  sink = writers.TensorBoard(tmp_path)
+
+  class Full:
+    def flush(self, *_):
+      raise tf.errors.ResourceExhaustedError(None, None, "events file")
+
+    close = write_scalars = write_images = flush
+
+  sink._writer = Full()
+  for call in (sink.sync, sink.close):
+    with pytest.raises(OSError) as info:
+      call()
+    assert info.value.errno == errno.ENOSPC
+  for call in (sink.write, sink.write_images):
+    with pytest.raises(OSError, match="No space left"):
+      call(1, {})
 
 
 # -- The signal ----------------------------------------------------------------
@@ -225,11 +249,13 @@ sys.exit(lib.EXIT_CODE)
 def test_a_child_that_is_terminated_is_none_of_its_business():
   body = """
 import os, signal
-child = os.fork()
-if not child:
-  time.sleep(60)
-os.kill(child, signal.SIGTERM)
-os.waitpid(child, 0)
+for _ in range(20):
+  child = os.fork()
+  if not child:
+    time.sleep(20)
+    os._exit(0)
+  os.kill(child, signal.SIGTERM)
+  assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
 time.sleep(0.3)
 preemption.hold()
 print('ready', preemption._signalled, flush=True)

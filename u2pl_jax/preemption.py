@@ -59,7 +59,9 @@ class Preemption:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, _ignore_interrupts)
     # A worker process that is terminated would write into the same pipe.
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(
+      before=_hold_back, after_in_parent=_let_through, after_in_child=_forget
+    )
     threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
   def reached(self) -> bool:
@@ -148,6 +150,15 @@ def _ignore_interrupts(*_: Any) -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _hold_back() -> None:
+  signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+
+
+def _let_through() -> None:
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+
+
 def _forget() -> None:
   signal.set_wakeup_fd(-1)
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  _let_through()
