@@ -481,12 +481,14 @@ class Chaos:
         self._turns.popleft()
       if (life.code and not was_injected) or (fault and fault.problems):
         problems = [f"exit status {life.code}: {life.log.splitlines()[-1:]}"]
+      elif not life.code and (found := differences(workdir, clean)):
+        problems = found
       elif self._may_damage(trainer) and self._damages:
         # A finished run too: it has to do the last steps again.
         what += f", then {self._damages[0]}"
         self._damage(trainer)
-      elif life.code == 0:
-        problems = differences(workdir, clean)
+      elif not life.code:
+        problems = []
       left = len(self._turns) + 1
       eta = left * sum(self._seconds) / len(self._seconds)
       self._say(f"{what}: exit status {life.code}, ETA {duration(eta)}")
