@@ -7,9 +7,13 @@
 Each run is a python -m u2pl_jax.main of its own in WORKDIR/<method>/seed_<n>,
 with its output in log.txt there. Run the same command again after whatever went
 wrong: finished runs are skipped, interrupted ones go on, failed ones begin
-where they stopped. More seeds or another method may be added later in the same
-folder; other settings need another one. When all is done, WORKDIR/sweep.md has
-the table of all finished runs in the folder, sweep.json the same as numbers.
+where they stopped. SIGTERM, which a cluster sends before it takes the machine,
+ends the sweep and its runs with status 75; so does one that reaches a run
+alone, since it asks for the machine too.
+
+More seeds or another method may be added later in the same folder; other
+settings need another one. When all is done, WORKDIR/sweep.md has the table of
+all finished runs in the folder, sweep.json the same as numbers.
 """
 
 import argparse
@@ -35,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from input_pipeline import ConfigError, storage
 from input_pipeline.command_line import load_config
-from u2pl_jax import writers
+from u2pl_jax import preemption, writers
 from u2pl_jax.clock import duration
 from u2pl_jax.config_checks import METHODS
 from u2pl_jax.run_log import RunError, read_run
@@ -48,6 +52,10 @@ _LOG_SECONDS = 30.0
 _GRACE_SECONDS = 60.0
 # Enough for some lines of metrics with many classes.
 _TAIL_BYTES = 200_000
+
+
+class _Preempted(Exception):
+  """SIGTERM, to the sweep or to one of its runs."""
 
 
 class SweepError(ValueError):
@@ -429,9 +437,10 @@ class _Process:
   def poll(self) -> int | None:
     return self._process.poll()
 
-  def interrupt(self) -> None:
+  def stop(self, number: int) -> None:
+    """Sends the signal on."""
     with contextlib.suppress(ProcessLookupError):
-      self._process.send_signal(signal.SIGINT)
+      self._process.send_signal(number)
 
   def end(self) -> None:
     """Waits for the end; the run goes on from its last checkpoint if killed."""
@@ -599,10 +608,13 @@ class Sweep:
           else:
             failed.append(job)
             display.say(f"{job.name}: FAILED, {entry['error']}")
-    except BaseException:
+          if process.poll() == preemption.EXIT_CODE:
+            raise _Preempted
+    except BaseException as error:
       # Also a full disk, or a terminal that is gone.
+      is_preempted = isinstance(error, _Preempted)
       for process in active:
-        process.interrupt()
+        process.stop(signal.SIGTERM if is_preempted else signal.SIGINT)
       for process in active:
         process.end()
       raise
@@ -735,6 +747,12 @@ def main(
   except (SweepError, ConfigError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  except _Preempted:
+    print(
+      "error: stopped by SIGTERM; run the same command again to go on",
+      file=sys.stderr,
+    )
+    return preemption.EXIT_CODE
   except KeyboardInterrupt:
     print(
       "error: interrupted; run the same command again to go on", file=sys.stderr
@@ -755,12 +773,17 @@ def _interrupt(*_: Any) -> None:
   raise KeyboardInterrupt
 
 
+def _preempt(*_: Any) -> None:
+  raise _Preempted
+
+
 def heed_signals() -> None:
   """Has what ends the sweep end its runs too."""
   # The end of a cluster's job, or of a terminal; nohup has a word in this.
-  for number in (signal.SIGTERM, signal.SIGHUP):
+  handlers = ((signal.SIGTERM, _preempt), (signal.SIGHUP, _interrupt))
+  for number, handler in handlers:
     if signal.getsignal(number) != signal.SIG_IGN:
-      signal.signal(number, _interrupt)
+      signal.signal(number, handler)
   # A script's shell has what it starts in the background ignore interrupts. The
   # runs would inherit that, and an interrupt is how they are ended.
   signal.signal(signal.SIGINT, signal.default_int_handler)

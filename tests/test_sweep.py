@@ -46,6 +46,10 @@ for epoch in range(done + 1, 1 + len(told['mious'])):
       'time/seconds_per_step': 2.0, 'eval/miou': told['mious'][epoch - 1],
     }) + chr(10))
   if told.get('wait') and epoch == 1:
+    def stop(*_):
+      print('error: SIGTERM: stopped after step 10', file=sys.stderr)
+      sys.exit(75)
+    signal.signal(signal.SIGTERM, stop)
     (control / 'pid.txt.part').write_text(str(os.getpid()))
     os.rename(control / 'pid.txt.part', control / 'pid.txt')
     try:
@@ -277,20 +281,28 @@ def is_alive(pid: int) -> bool:
   return True
 
 
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_interrupted_it_ends_its_runs_and_goes_on(control, number):
+@pytest.mark.parametrize(
+  "number, code, says, run_says",
+  [
+    (signal.SIGINT, 130, "interrupted;", "interrupted at step 10"),
+    (signal.SIGTERM, 75, "stopped by SIGTERM;", "stopped after step 10"),
+  ],
+)
+def test_interrupted_it_ends_its_runs_and_goes_on(
+  control, number, code, says, run_says
+):
   tell(control, "u2pl", 0, [0.1, 0.2, 0.3])
   tell(control, "u2pl", 1, [0.1, 0.2, 0.5], wait=True)
   process = start(control, "--seeds=2")
   wait_for((control / "pid.txt").exists)
   process.send_signal(number)
   _, err = process.communicate(timeout=20)
-  assert process.returncode == 130
-  assert err.splitlines()[-1].startswith("error: interrupted; run the same")
+  assert process.returncode == code
+  assert err.splitlines()[-1].startswith(f"error: {says} run the same")
   assert "Traceback" not in err
   assert not is_alive(int((control / "pid.txt").read_text()))
   log = (control.parent / "sweep/u2pl/seed_1/log.txt").read_text()
-  assert log.count("interrupted at step 10") == 1
+  assert log.count(run_says) == 1
   # The same command: the first is skipped, the second goes on.
   assert run(control, "--seeds=2") == 0
   assert len(calls(control)) == 3
@@ -299,6 +311,22 @@ def test_interrupted_it_ends_its_runs_and_goes_on(control, number):
     "std": pytest.approx(0.1414, abs=1e-4),
     "n": 2,
   }
+
+
+def test_a_run_that_is_terminated_ends_the_sweep(control, capsys):
+  """Whoever wants the machine back does not want the next run on it."""
+  told = {"fail": 75, "says": "error: SIGTERM: stopped after step 10"}
+  tell(control, "u2pl", 0, [0.1, 0.2, 0.3], **told)
+  tell(control, "u2pl", 1, [0.1, 0.2, 0.3])
+  assert run(control, "--seeds=2") == 75
+  last = capsys.readouterr().err.splitlines()[-1]
+  assert last == (
+    "error: stopped by SIGTERM; run the same command again to go on"
+  )
+  assert len(calls(control)) == 1
+  assert "stopped after step 10" in read_json(control)["runs"][0]["error"]
+  tell(control, "u2pl", 0, [0.1, 0.2, 0.3])
+  assert run(control, "--seeds=2") == 0
 
 
 def test_no_second_sweep_while_a_run_lives(control, capsys):

@@ -1,6 +1,7 @@
 """The evaluations of a run: which network, its metrics, what they decide."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
@@ -34,10 +35,19 @@ def counts_of(
   data: Data,
   variables: Variables,
   ids: tuple[str, ...],
+  update: Callable[[int], object] | None = None,
 ) -> Counts:
-  """What the network makes of each of the images `ids`."""
+  """What the network makes of each of the images `ids`.
+
+  Args:
+    config, program, data: of the run.
+    variables: of the network.
+    ids: of the images.
+    update: called after every batch, see `Evaluator.count`; what it raises ends
+      the evaluation.
+  """
   with contextlib.closing(open_eval_stream(config, data, ids)) as stream:
-    return program.evaluator.count(variables, stream, len(ids))
+    return program.evaluator.count(variables, stream, len(ids), update=update)
 
 
 def evaluate(
@@ -47,6 +57,7 @@ def evaluate(
   state: TrainState,
   step: int,
   counts: Counts,
+  update: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
   """Metrics `eval/...` of the validation images, `oracle/...` of hidden masks.
 
@@ -55,6 +66,7 @@ def evaluate(
     state: after `step` updates.
     step: decides which network is judged.
     counts: of that network on the validation images.
+    update: see `counts_of`.
 
   Returns:
     Numbers, and the vector `eval/iou` with NaN for a class that is absent.
@@ -70,7 +82,7 @@ def evaluate(
     "eval/iou": metrics_lib.iou(confusion),
   }
   if name == "teacher" and data.oracle:
-    counts_u = counts_of(config, program, data, variables, data.oracle)
+    counts_u = counts_of(config, program, data, variables, data.oracle, update)
     confusion = counts_u.confusions.sum(0)
     metrics |= {
       "oracle/pixel_accuracy": metrics_lib.pixel_accuracy(confusion),
@@ -124,7 +136,9 @@ def contenders(
 def is_finished(
   config: ml_collections.ConfigDict, recipe: Recipe, meta: Meta
 ) -> bool:
-  """Whether nothing is left to train."""
+  """Whether nothing is left to train or to evaluate."""
+  if meta.pending_line is not None:
+    return False
   progress = plateau_progress(config, recipe, meta.evaluations)
   stopped = progress is not None and progress.stop
   return stopped or meta.step == recipe.total_steps

@@ -5,6 +5,9 @@ python -m u2pl_jax.main --config=configs/voc_1464.py:seed=3 --workdir=runs/3
 
 Several processes: srun, a TPU pod, or the flags --coordinator, --num_processes
 and --process_id; docs/many_hosts.md.
+
+Exit status: 0 trained to the end, 75 stopped by SIGTERM and 130 by an interrupt
+(the same command goes on), 1 an error, which the last line names.
 """
 
 import logging
@@ -19,6 +22,7 @@ from input_pipeline.command_line import (
   fail,
   parse_flags,
 )
+from u2pl_jax import preemption as preemption_lib
 
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run. Default: runs/<config.name>."
@@ -27,6 +31,8 @@ _PROCESSES = define_processes()
 
 
 def main(_: list[str]) -> None:
+  preemption = preemption_lib.Preemption()
+  preemption.install()
   # The program's own lines, and of the libraries it uses only warnings.
   absl_logging.set_verbosity(absl_logging.WARNING)
   logger, handler = logging.getLogger("u2pl_jax"), logging.StreamHandler()
@@ -58,7 +64,7 @@ def main(_: list[str]) -> None:
   diverged = train.TrainingDivergedError
   with distributed.end_together():
     try:
-      train.train_and_evaluate(CONFIG.value, workdir)
+      train.train_and_evaluate(CONFIG.value, workdir, preemption)
     except (
       DataError,
       ConfigError,
@@ -67,6 +73,8 @@ def main(_: list[str]) -> None:
       diverged,
     ) as error:
       fail(prefix + str(error))
+    except preemption_lib.Preempted as stop:
+      fail(prefix + str(stop), code=preemption_lib.EXIT_CODE)
     except KeyboardInterrupt as interrupt:
       fail(prefix + (str(interrupt) or "interrupted"), code=130)
 

@@ -372,8 +372,9 @@ def _render(run: Run, extra: Mapping[str, Any]) -> pathlib.Path:
   folder.mkdir(parents=True, exist_ok=True)
   _write_plotly(folder)
   text = json.dumps(extra, indent=2, ensure_ascii=False) + "\n"
-  storage.write_whole(folder / "report.json", text.encode())
   storage.write_whole(run.report_page, _run_page(run).encode())
+  # Last, since it says that the page is there.
+  storage.write_whole(folder / "report.json", text.encode())
   return run.report_page
 
 
@@ -434,6 +435,15 @@ def pictured_step(workdir: str | os.PathLike) -> int | None:
   return (read_run(workdir).extra.get("pictures") or {}).get("step")
 
 
+def complete_step(workdir: str | os.PathLike) -> int | None:
+  """Last step that `refresh_report` has drawn; None if it has drawn nothing.
+
+  Raises:
+    RunError: the folder is no workdir, or a file in it is broken.
+  """
+  return read_run(workdir).extra.get("complete_step")
+
+
 def labelled_pixels(workdir: str | os.PathLike) -> list[int]:
   """What an earlier `write_report` was told; [] if there was none.
 
@@ -470,6 +480,7 @@ def refresh_report(workdir: str | os.PathLike) -> pathlib.Path:
       pictures[part] = list(filter(is_whole, pictures[part]))
     extra["pictures"] = pictures
   write_stats(run)
+  extra["complete_step"] = _last_step(run)
   return _render(run, extra)
 
 

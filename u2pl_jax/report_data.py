@@ -224,6 +224,34 @@ class Reporter:
       "report of step %d drawn in %.1f s", step, time.perf_counter() - start
     )
 
+  def draw_missing(
+    self, variables: Variables, *, network: str, step: int
+  ) -> None:
+    """As `draw`, unless an earlier process has done it.
+
+    Args:
+      variables, network, step: see `take`; of the best network, whose
+        evaluation is in the workdir.
+    """
+    try:
+      if report.pictured_step(self._workdir) == step:
+        return
+      scores = self._stored_scores()
+    except RunError as error:
+      logger.warning("the report of step %d is not drawn (%s)", step, error)
+      return
+    self.draw(variables, network=network, step=step, scores=scores)
+
+  def is_complete(self, last_step: int) -> bool:
+    """Whether `finish` is done with a run of so many steps.
+
+    Raises:
+      RunError: see `report.complete_step`.
+    """
+    return self.page.exists() and (
+      report.complete_step(self._workdir) == last_step
+    )
+
   def finish(
     self,
     variables: Variables,

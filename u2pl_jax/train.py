@@ -2,19 +2,22 @@
 
 The order of the loop is a contract: update, evaluate, write the line, save.
 A checkpoint of step s therefore comes after everything that belongs to s, and a
-run that goes on from it begins with batch s, as if it had not been killed.
+run that goes on from it begins with batch s, as if it had not been killed. Only
+SIGTERM breaks an evaluation off: what it has saved says so, and the run that
+goes on begins with that evaluation.
 """
 
 import collections
 import contextlib
 import dataclasses
+import errno
 import logging
 import math
 import os
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
@@ -55,7 +58,9 @@ from u2pl_jax.judging import (
 )
 from u2pl_jax.log_head import describe_devices, log_head
 from u2pl_jax.models.weight_files import WeightsError
+from u2pl_jax.preemption import Preempted, Preemption
 from u2pl_jax.report_data import Reporter, scores_of
+from u2pl_jax.run_log import RunError
 from u2pl_jax.train_state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -69,6 +74,9 @@ EVALUATION_FOLDER = "evaluation"
 
 # Validation images in TensorBoard, of those in the report.
 _NUM_LOGGED_IMAGES = 4
+
+# What the system says where there is no room: a device, a quota, a limit.
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # A non-finite one of these means that the parameters are lost.
 _VITAL_METRICS = (
@@ -85,7 +93,9 @@ class TrainingDivergedError(RuntimeError):
 
 
 def train_and_evaluate(
-  config: ml_collections.ConfigDict, workdir: str | os.PathLike
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike,
+  preemption: Preemption | None = None,
 ) -> None:
   """Trains to the end, from wherever the workdir says the run is.
 
@@ -97,17 +107,21 @@ def train_and_evaluate(
   Args:
     config: complete, see `configs/common.py`.
     workdir: created at need. A finished run's is left as it is, but for a
-      missing report.
+      report that is missing or not complete.
+    preemption: says when to stop; None goes on to the end.
 
   Raises:
     ConfigError: of the config or the workdir.
     DataError: of the data.
     CheckpointError: of the checkpoints.
+    RunError: the disk is full, or the report cannot be written.
     TrainingDivergedError: a loss is not finite.
+    Preempted: asked to stop; all that was done is saved.
     KeyboardInterrupt: with a line that says how to go on.
   """
   workdir = pathlib.Path(workdir)
   is_main = jax.process_index() == 0
+  preemption = preemption or Preemption()
   info = load_info(config.dataset)
   check_config(
     config, num_classes=info.num_classes, num_devices=jax.device_count()
@@ -143,6 +157,7 @@ def train_and_evaluate(
   )
 
   with contextlib.ExitStack() as stack:
+    stack.enter_context(_full_disk_in_one_line(workdir))
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     stack.callback(checkpoints.close)
 
@@ -154,6 +169,10 @@ def train_and_evaluate(
       abstract, config=config_digest, lists=lists
     )
     if restored is None:
+      if (workdir / writers.METRICS_FILE).exists():
+        logger.warning(
+          "%s has no checkpoint yet: starting from step 0 again", workdir
+        )
       state = _create_state(config, program)
       meta = Meta(0, None, None, "student", config=config_digest, lists=lists)
     else:
@@ -174,11 +193,29 @@ def train_and_evaluate(
       writer = None
       if is_main:
         writer = writers.open_writer(
-          workdir, config, class_names=info.class_names, last_step=meta.step
+          workdir,
+          config,
+          class_names=info.class_names,
+          # Without the line that is still to be completed.
+          last_step=meta.step - (meta.pending_line is not None),
         )
         stack.callback(writer.close)
-      run = _Run(config, program, data, checkpoints, writer, reporter, workdir)
+      run = _Run(
+        config,
+        program,
+        data,
+        checkpoints,
+        writer,
+        reporter,
+        workdir,
+        preemption,
+      )
       state, meta = run.train(state, meta)
+      if preemption.reached():
+        raise Preempted(
+          f"SIGTERM: stopped after step {meta.step}, the last one, before its"
+          " report was drawn; run the same command again to draw it"
+        )
     progress = plateau_progress(config, recipe, meta.evaluations)
     if meta.step < recipe.total_steps:
       logger.info(
@@ -193,7 +230,7 @@ def train_and_evaluate(
       logger.info("the run is finished: all %d steps are done", meta.step)
 
     page = reporter.page
-    if is_main and not (was_finished and page.exists()):
+    if is_main and not (was_finished and reporter.is_complete(meta.step)):
       network, variables = evaluated_network(state, meta.step, recipe)
       reporter.finish(
         variables,
@@ -218,6 +255,16 @@ def _put(program: Program, batch: dict, *names: str) -> dict[str, jax.Array]:
 # -- The loop ------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class _Due:
+  """What is to be done after a step."""
+
+  log: bool
+  evaluation: bool
+  save: bool
+  images: bool
+
+
 class _Run:
   """The loop and what it needs at every turn."""
 
@@ -230,6 +277,7 @@ class _Run:
     writer: writers.MetricsWriter | None,
     reporter: Reporter,
     workdir: pathlib.Path,
+    preemption: Preemption,
   ):
     """`writer` is None on all processes but the first."""
     self._config = config
@@ -239,6 +287,7 @@ class _Run:
     self._checkpoints = checkpoints
     self._writer = writer
     self._reporter = reporter
+    self._preemption = preemption
     self._clock = Clock()
     self._stall_warning = StallWarning()
     self._bad_records: BadRecords | None = None
@@ -248,6 +297,8 @@ class _Run:
   def train(self, state: TrainState, meta: Meta) -> tuple[TrainState, Meta]:
     """Goes on from `meta.step` to the last step; `state` is donated."""
     step = self._last_finite_step = meta.step
+    # (step, whether it is complete) of the newest checkpoint.
+    self._saved = (step, meta.pending_line is None)
     in_flight = collections.deque()
     if self._config.input.on_bad_record == "skip":
       self._bad_records = BadRecords(
@@ -256,16 +307,28 @@ class _Run:
         known=meta.bad_records,
       )
     try:
+      if meta.pending_line is not None:
+        state, meta = self._complete(state, meta, {**meta.pending_line})
+      elif meta.contenders and meta.contenders[-1] == step:
+        if self._writer is not None:
+          network, variables = evaluated_network(
+            state, step, self._program.recipe
+          )
+          self._reporter.draw_missing(variables, network=network, step=step)
+        distributed.wait_for_all()
       with contextlib.ExitStack() as streams:
-        for batches in self._batches(meta.step, streams):
-          state, metrics = self._update(state, batches)
+        batches = self._batches(step, streams)
+        while not self._is_finished(meta):
+          state, metrics = self._update(state, next(batches))
+          self._preemption.hold()
           in_flight.append(metrics["total_loss"])
           if len(in_flight) > _MAX_IN_FLIGHT:
             in_flight.popleft().block_until_ready()
           step += 1
           state, meta = self._after_update(step, state, metrics, meta)
-          if is_finished(self._config, self._program.recipe, meta):
-            break
+          if not self._is_finished(meta) and self._preemption.reached():
+            self._check_finite(step, jax.device_get(metrics), {})
+            self._stop(state, meta)
     except KeyboardInterrupt:
       raise KeyboardInterrupt(
         f"interrupted at step {step}; {self._last_checkpoint()}; run the same"
@@ -277,7 +340,24 @@ class _Run:
         " same command again to go on once the data are mended"
       ) from None
     self._checkpoints.wait()
+    self._preemption.release("while the report was being drawn")
     return state, meta
+
+  def _stop(self, state: TrainState, meta: Meta) -> NoReturn:
+    """Saves what is not saved yet and leaves, as SIGTERM asks for."""
+    is_complete = meta.pending_line is None
+    with self._preemption.saving():
+      if self._saved != (meta.step, is_complete):
+        if self._writer is not None:
+          self._writer.sync()
+        self._checkpoints.save_preempted(state, meta)
+      self._checkpoints.wait()
+    raise Preempted(
+      f"SIGTERM: stopped after step {meta.step} of"
+      f" {self._program.recipe.total_steps}"
+      + ("" if is_complete else ", before its evaluation was done")
+      + "; all is saved; run the same command again to go on"
+    )
 
   def _batches(
     self, first: int, streams: contextlib.ExitStack
@@ -355,21 +435,10 @@ class _Run:
     meta: Meta,
   ) -> tuple[TrainState, Meta]:
     """Logs, evaluates, writes and saves what is due after `step` updates."""
-    config, recipe = self._config, self._program.recipe
-
-    def is_due(interval: int) -> bool:
-      return step % interval == 0 or step == recipe.total_steps
-
-    log_due = is_due(config.log.every_steps)
-    eval_due = is_due(config.eval.every_epochs * recipe.steps_per_epoch)
-    save_due = is_due(config.checkpoint.every_epochs * recipe.steps_per_epoch)
-    image_epochs = config.log.images_every_epochs
-    images_due = image_epochs > 0 and is_due(
-      image_epochs * recipe.steps_per_epoch
-    )
-    network, _ = evaluated_network(state, step, recipe)
+    network, _ = evaluated_network(state, step, self._program.recipe)
     meta = dataclasses.replace(meta, step=step, network=network)
-    anything_due = log_due or eval_due or save_due or images_due
+    due = self._due(step)
+    anything_due = any(dataclasses.astuple(due))
     if self._bad_records is not None:
       if anything_due:
         self._bad_records.gather()
@@ -380,48 +449,94 @@ class _Run:
     # Also before a save, so that every checkpoint is a good one.
     train_metrics = jax.device_get(metrics)
     line = {}
-    if log_due:
+    if due.log:
       line |= self._train_line(step, state, train_metrics)
       self._clock.restart()
     self._check_finite(step, train_metrics, line)
     with self._clock.paused():
-      is_highest = False
-      if eval_due:
+      return self._complete(state, meta, line)
+
+  def _is_finished(self, meta: Meta) -> bool:
+    return is_finished(self._config, self._program.recipe, meta)
+
+  def _due(self, step: int) -> _Due:
+    config, recipe = self._config, self._program.recipe
+
+    def is_due(interval: int) -> bool:
+      return step % interval == 0 or step == recipe.total_steps
+
+    image_epochs = config.log.images_every_epochs
+    return _Due(
+      log=is_due(config.log.every_steps),
+      evaluation=is_due(config.eval.every_epochs * recipe.steps_per_epoch),
+      save=is_due(config.checkpoint.every_epochs * recipe.steps_per_epoch),
+      images=image_epochs > 0 and is_due(image_epochs * recipe.steps_per_epoch),
+    )
+
+  def _complete(
+    self, state: TrainState, meta: Meta, line: dict[str, Any]
+  ) -> tuple[TrainState, Meta]:
+    """All that is due after the update of `meta.step` has been logged.
+
+    Args:
+      state: after that update.
+      meta: without its evaluation.
+      line: metrics of the update.
+
+    Returns:
+      State, perhaps with another learning rate, and meta data of the step.
+    """
+    config, recipe = self._config, self._program.recipe
+    step, due = meta.step, self._due(meta.step)
+    save_due, is_highest = due.save, False
+    if due.evaluation:
+      try:
         evaluation, counts = self._evaluate(step, state)
-        line |= evaluation
-        evaluations = (*meta.evaluations, (step, line["eval/miou"]))
-        rivals = contenders(config, evaluations)
-        best_step, best_miou = rivals[0]
-        meta = dataclasses.replace(
-          meta,
-          best_miou=best_miou,
-          best_step=best_step,
-          evaluations=evaluations,
-          contenders=tuple(step for step, _ in rivals),
+      except Preempted:
+        names = self._data.info.class_names
+        self._stop(
+          state,
+          dataclasses.replace(meta, pending_line=writers.expand(line, names)),
         )
-        state = self._follow_plateau(state, evaluations, line)
-        is_highest = rivals[-1][0] == step
-        save_due |= is_highest or is_finished(config, recipe, meta)
-        if is_highest:
-          record = self._record(meta, counts)
-      if line and self._writer is not None:
-        self._writer.write(step, line)
-      if images_due and self._writer is not None:
-        self._write_images(step, state)
-      if save_due:
-        if self._writer is not None:
-          self._writer.sync()
-        # Not in the save: its timeouts are made for files.
-        distributed.wait_for_all()
-        self._checkpoints.save(state, meta)
-      if is_highest and self._writer is not None:
-        network, variables = evaluated_network(state, step, recipe)
-        self._reporter.draw(
-          variables, network=network, step=step, scores=scores_of(record)
-        )
-      # For the first process, which may have drawn for longer than another one
-      # would wait in the next step.
+      line |= evaluation
+      evaluations = (*meta.evaluations, (step, line["eval/miou"]))
+      rivals = contenders(config, evaluations)
+      best_step, best_miou = rivals[0]
+      meta = dataclasses.replace(
+        meta,
+        best_miou=best_miou,
+        best_step=best_step,
+        evaluations=evaluations,
+        contenders=tuple(step for step, _ in rivals),
+        pending_line=None,
+      )
+      state = self._follow_plateau(state, evaluations, line)
+      is_highest = rivals[-1][0] == step
+      save_due |= is_highest or self._is_finished(meta)
+      if is_highest:
+        record = self._record(meta, counts)
+    if line and self._writer is not None:
+      self._writer.write(step, line)
+    if due.images and self._writer is not None:
+      self._write_images(step, state)
+    if save_due:
+      if self._writer is not None:
+        self._writer.sync()
+      # Not in the save: its timeouts are made for files.
       distributed.wait_for_all()
+      self._checkpoints.save(state, meta)
+      self._saved = (step, True)
+    # After SIGTERM the run that goes on draws it. All processes ask.
+    if (
+      is_highest and not self._preemption.reached() and self._writer is not None
+    ):
+      network, variables = evaluated_network(state, step, recipe)
+      self._reporter.draw(
+        variables, network=network, step=step, scores=scores_of(record)
+      )
+    # For the first process, which may have drawn for longer than another one
+    # would wait in the next step.
+    distributed.wait_for_all()
     return state, meta
 
   def _follow_plateau(
@@ -578,8 +693,9 @@ class _Run:
     recipe, data = self._program.recipe, self._data
     _, variables = evaluated_network(state, step, recipe)
     of_run = (self._config, self._program, data)
-    counts = counts_of(*of_run, variables, data.validation)
-    line = evaluate(*of_run, state, step, counts)
+    check = self._preemption.check
+    counts = counts_of(*of_run, variables, data.validation, check)
+    line = evaluate(*of_run, state, step, counts, check)
     line |= identify_split(data.info.name, data.labelled).metrics()
     line["time/eval_seconds"] = time.perf_counter() - start
     oracle = ""
@@ -625,6 +741,21 @@ def _create_state(
     raise ConfigError(
       f"config.model.pretrained={error}; set it to the weights of the encoder,"
       " or to '' to start from random ones"
+    ) from error
+
+
+@contextlib.contextmanager
+def _full_disk_in_one_line(workdir: pathlib.Path) -> Iterator[None]:
+  """RunError for the one error of files that is no fault of the program."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in _FULL_DISK:
+      raise
+    raise RunError(
+      f"{error.filename or workdir}: cannot be written ({error.strerror}): make"
+      " room, then run the same command again; it goes on from the last"
+      " checkpoint that is complete"
     ) from error
 
 

@@ -15,13 +15,15 @@ clock; such metrics are named `time/...`. TensorBoard keeps both files and shows
 the later one; Weights & Biases keeps the lines it already has, which are equal.
 """
 
+import contextlib
+import errno
 import json
 import logging
 import math
 import os
 import pathlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -209,19 +211,32 @@ class TensorBoard(Sink):
     tf.config.set_visible_devices([], "GPU")
     from clu import metric_writers
 
+    self._full_disk_error = tf.errors.ResourceExhaustedError
     self._writer = metric_writers.SummaryWriter(str(workdir))
 
+  @contextlib.contextmanager
+  def _os_errors(self) -> Iterator[None]:
+    """A full disk as the system reports it."""
+    try:
+      yield
+    except self._full_disk_error as error:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
   def write(self, step: int, scalars: Mapping[str, int | float]) -> None:
-    self._writer.write_scalars(step, scalars)
+    with self._os_errors():
+      self._writer.write_scalars(step, scalars)
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    self._writer.write_images(step, images)
+    with self._os_errors():
+      self._writer.write_images(step, images)
 
   def sync(self) -> None:
-    self._writer.flush()
+    with self._os_errors():
+      self._writer.flush()
 
   def close(self) -> None:
-    self._writer.close()
+    with self._os_errors():
+      self._writer.close()
 
 
 class WeightsAndBiases(Sink):
