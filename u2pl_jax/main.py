@@ -30,6 +30,7 @@ def main(_: list[str]) -> None:
   from u2pl_jax import train
   from u2pl_jax.checkpoint import CheckpointError
   from u2pl_jax.config_checks import ConfigError
+  from u2pl_jax.rehearsal import OutOfMemoryError
   from u2pl_jax.run_log import RunError
 
   workdir = _WORKDIR.value or os.path.join("runs", CONFIG.value.name)
@@ -41,6 +42,7 @@ def main(_: list[str]) -> None:
     ConfigError,
     CheckpointError,
     RunError,
+    OutOfMemoryError,
     diverged,
   ) as error:
     fail(str(error))

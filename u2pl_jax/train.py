@@ -53,6 +53,7 @@ from u2pl_jax.judging import (
 )
 from u2pl_jax.log_head import describe_devices, log_head
 from u2pl_jax.models.weight_files import WeightsError
+from u2pl_jax.rehearsal import memory_errors_in_one_line, rehearse
 from u2pl_jax.report_data import Reporter, scores_of
 from u2pl_jax.train_state import TrainState
 
@@ -102,6 +103,7 @@ def train_and_evaluate(
     DataError: of the data.
     CheckpointError: of the checkpoints.
     TrainingDivergedError: a loss is not finite.
+    OutOfMemoryError: a step does not fit on the devices.
     KeyboardInterrupt: with a line that says how to go on.
   """
   workdir = pathlib.Path(workdir)
@@ -130,8 +132,15 @@ def train_and_evaluate(
   lists = writers.digest([data.labelled, data.unlabelled, data.validation])
 
   with contextlib.ExitStack() as stack:
+    stack.enter_context(
+      memory_errors_in_one_line(config, program.mesh.devices.size)
+    )
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     stack.callback(checkpoints.close)
+
+    compiled = set()
+    if max(checkpoints.steps(), default=0) < program.recipe.total_steps:
+      compiled.add(rehearse(config, program, abstract))
 
     # Where to begin:
     # 1. the newest checkpoint of the workdir that can be read;
@@ -166,6 +175,7 @@ def train_and_evaluate(
         )
         stack.callback(writer.close)
       run = _Run(config, program, data, checkpoints, writer, reporter, workdir)
+      run.compiled |= compiled
       state, meta = run.train(state, meta)
     progress = plateau_progress(config, recipe, meta.evaluations)
     if meta.step < recipe.total_steps:
@@ -227,7 +237,7 @@ class _Run:
     self._writer = writer
     self._reporter = reporter
     self._clock = Clock()
-    self._compiled: set[str] = set()
+    self.compiled: set[str] = set()
     self._last_finite_step = 0
 
   def train(self, state: TrainState, meta: Meta) -> tuple[TrainState, Meta]:
@@ -292,9 +302,9 @@ class _Run:
   def _call(self, name: str, *args: Any) -> Any:
     """Calls a step of the program; says so when that means compiling it."""
     function = getattr(self._program, name)
-    if name in self._compiled:
+    if name in self.compiled:
       return function(*args)
-    self._compiled.add(name)
+    self.compiled.add(name)
     logger.info("compiling %s ...", name)
     start = time.perf_counter()
     with self._clock.paused():
