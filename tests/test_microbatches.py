@@ -52,6 +52,14 @@ def make_batches():
   return {**images(NUM_L), "label": labels}, images(NUM_U)
 
 
+@functools.cache
+def first_state(method):
+  """Of `make_config` with this method, whatever else is changed."""
+  aux = {"supervised.aux_weight": 0.4 if method == "supervised" else 0.0}
+  config = make_config(method=method, **aux)
+  return build_lib.build(config, DATA).create_state()
+
+
 def cut_by_hand(model, parts):
   """A network that runs `parts` of its batch one after the other."""
 
@@ -85,7 +93,6 @@ def run(config, model, *, microbatches, num_steps=2):
   batch_l, batch_u = make_batches()
   statics = {"model": model, "tx": program.tx, "recipe": recipe, "trace": True}
 
-  @jax.jit
   def step(state):
     batch = train_step.LabelledBatch(**batch_l)
     key = jax.random.key(0)
@@ -107,7 +114,9 @@ def run(config, model, *, microbatches, num_steps=2):
       state, batch, train_step.UnlabelledBatch(**batch_u), draws, **statics
     )
 
-  state, metrics = program.create_state(), []
+  # Unoptimised code: what is compared is compiled the same way.
+  step = jax.jit(step, compiler_options={"xla_backend_optimization_level": "0"})
+  state, metrics = first_state(config.method), []
   for _ in range(num_steps):
     state, m = step(state)
     metrics.append(jax.device_get(m))
@@ -238,7 +247,7 @@ def test_running_statistics_by_hand():
   rng = np.random.default_rng(0)
   x = rng.normal(3, 2, (4, 5, 5, 2)).astype(np.float32)
   forward, params = run_norm(x)
-  outputs, stats = forward(params)
+  outputs, stats = jax.jit(forward)(params)
   mean, var = np.zeros(2), np.ones(2)
   for part in ([0, 2], [1, 3]):
     pixels = x[part].reshape(-1, 2)
@@ -254,13 +263,19 @@ def test_running_statistics_by_hand():
 
 def test_dropout_differs_between_parts_and_not_between_passes():
   forward, params = run_norm(np.ones((4, 8, 8, 2), np.float32))
-  value, grads = jax.value_and_grad(
-    lambda params: (forward(params)[0].reps ** 2).sum()
-  )(params)
+
+  @jax.jit
+  def value_and_grad(params):
+    def loss(params):
+      reps = forward(params)[0].reps
+      return (reps**2).sum(), reps
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  (value, reps), grads = value_and_grad(params)
   # Kept units are 2 w: of n of them the sum is 4 n w^2, its slope 8 n w. With
   # other units in the second pass it would be of another n.
   np.testing.assert_allclose(grads["weight"], value, rtol=1e-6)
-  reps = forward(params)[0].reps
   kept = np.asarray(reps > 0)
   assert 0.4 < kept.mean() < 0.6
   assert (kept[[0, 2]] != kept[[1, 3]]).any()
