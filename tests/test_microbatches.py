@@ -5,6 +5,7 @@ Python loop, without scan and without recomputation; the step around it is the
 one for a whole batch.
 """
 
+import dataclasses
 import functools
 import types
 
@@ -89,7 +90,7 @@ def run(config, model, *, microbatches, num_steps=2):
   config = config.copy_and_resolve_references()
   program = build_lib.build(config, DATA)
   recipe = build_lib.make_recipe(config, DATA)
-  recipe = train_step.dataclasses.replace(recipe, microbatches=microbatches)
+  recipe = dataclasses.replace(recipe, microbatches=microbatches)
   batch_l, batch_u = make_batches()
   statics = {"model": model, "tx": program.tx, "recipe": recipe, "trace": True}
 
