@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Var
 
 from configs import testing
 from u2pl_jax import build as build_lib
@@ -190,6 +191,7 @@ def test_a_supervised_step_mines_in_the_whole_batch():
   assert_close(state.student, expected_state.student, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_parts_with_the_same_images_equal_the_whole(monkeypatch):
   """Their statistics are those of the batch: nothing is left to differ."""
   config = make_config(**{"model.dropout": 0.0, "strong.mix": "none"})
@@ -215,6 +217,42 @@ def test_parts_with_the_same_images_equal_the_whole(monkeypatch):
       atol=1e-4,
     )
   assert_close(state.memory_bank.keys, whole_state.memory_bank.keys, atol=1e-4)
+
+
+def test_no_activation_is_kept():
+  model = build_lib.make_model(make_config(), 6)
+  images = jax.ShapeDtypeStruct((4, SIZE, SIZE, 3), jnp.float32)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  variables = jax.eval_shape(
+    functools.partial(model.init, train=False), key, images
+  )
+
+  def kept(microbatches):
+    """Bytes for the backward pass that are no inputs."""
+
+    def run(variables, images, key):
+      def forward(params):
+        outputs, _ = train_step._forward_train(
+          model,
+          params,
+          variables["batch_stats"],
+          images,
+          key,
+          groups=4,
+          microbatches=microbatches,
+        )
+        return outputs
+
+      return jax.vjp(forward, variables["params"])[1]
+
+    jaxpr = jax.make_jaxpr(run)(variables, images, key).jaxpr
+    found = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    found -= set(jaxpr.invars)
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in found)
+
+  assert kept(1) > 4 * 400_000
+  # The images in parts, and two keys and sets of running statistics.
+  assert kept(2) < images.size * 4 + 50_000
 
 
 class _Norm(nn.Module):
