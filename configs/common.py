@@ -82,6 +82,9 @@ def get_base_config() -> ml_collections.ConfigDict:
   # Labelled and unlabelled images of one update, over all devices.
   batch.labelled = 16
   batch.unlabelled = 16
+  # Parts of that batch that go through the network one after another, to save
+  # memory. Only batch normalisation sees them: docs/memory.md.
+  batch.microbatches = 1
 
   config.input = inputs = ml_collections.ConfigDict()
   # Height and width of the random crop; any size from 33 up, odd ones fit best.

@@ -144,7 +144,8 @@ def _estimate_lines(diagnosis: Diagnosis) -> list[str]:
   return [
     f"rough memory on one device: {gb['memory']:.1f} GB, of which"
     f" {gb['parameter']:.1f} parameters and optimiser, {gb['bank']:.1f} memory"
-    f" bank, {gb['activation']:.1f} activations (which devices share)",
+    f" bank, {gb['activation']:.1f} activations (which devices share);"
+    " python -m u2pl_jax.plan predicts it better, and what lessens it",
     f"rough time for {estimate.steps} steps, without evaluations:"
     f" {_time_text(estimate.gpu_hours)} at {gpu_rate}"
     f" (an A100-class GPU), {_time_text(estimate.cpu_hours)} at"

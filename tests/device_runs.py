@@ -2,9 +2,9 @@
 
   python -m tests.device_runs FOLDER
 
-Trains the same ten semi-supervised steps on 1, 2, 4 and 8 devices, and on 8
-with the memory bank split, and writes what was decided: FOLDER/<name>.npz. Two
-supervised steps follow on 1 and on 4 devices.
+Trains the same ten semi-supervised steps on 1, 2, 4 and 8 devices, on 8 with
+the memory bank split, and by two micro-batches on 1 and 4, and writes what was
+decided: FOLDER/<name>.npz. Two supervised steps follow on 1 and on 4 devices.
 """
 
 import functools
@@ -20,12 +20,15 @@ from u2pl_jax import rngs, sharding, train_step
 
 DATA = build_lib.DataSpec(6, (120.0,) * 3, (60.0,) * 3, num_unlabelled=80)
 NUM_STEPS, BATCH, SIZE = 10, 8, 33
+# Devices, where the bank lies, micro-batches.
 RUNS = {
-  "1": (1, "replicated"),
-  "2": (2, "replicated"),
-  "4": (4, "replicated"),
-  "8": (8, "replicated"),
-  "8_split": (8, "classes"),
+  "1": (1, "replicated", 1),
+  "2": (2, "replicated", 1),
+  "4": (4, "replicated", 1),
+  "8": (8, "replicated", 1),
+  "8_split": (8, "classes", 1),
+  "1_micro": (1, "replicated", 2),
+  "4_micro": (4, "replicated", 2),
 }
 # From here on some devices have little or nothing to contribute; in the last
 # step there are images without a pixel: not before, since a constant image lies
@@ -33,9 +36,10 @@ RUNS = {
 POOR_FROM = 5
 
 
-def get_config(memory_bank):
+def get_config(memory_bank, microbatches):
   config = testing.get_config()
   config.batch.labelled = config.batch.unlabelled = BATCH
+  config.batch.microbatches = microbatches
   config.eval.batch = BATCH
   config.schedule.epochs = 1
   config.schedule.warmup_epochs = 0
@@ -147,8 +151,8 @@ def traced_step(config, program):
 
 def main(folder):
   start = None
-  for name, (num_devices, memory_bank) in RUNS.items():
-    config = get_config(memory_bank)
+  for name, (num_devices, memory_bank, microbatches) in RUNS.items():
+    config = get_config(memory_bank, microbatches)
     program = build_lib.build(config, DATA, devices=jax.devices()[:num_devices])
     if start is None:
       start = jax.device_get(program.create_state())
@@ -172,7 +176,7 @@ def main(folder):
           for leaf in jax.tree.leaves(jax.device_get(getattr(state, who)))
         ]
       )
-    if name in ("1", "4"):
+    if num_devices in (1, 4):
       rows = []
       for i in range(2):
         state, metrics = program.supervised_step(state, halves(i)[0])

@@ -187,6 +187,7 @@ def make_recipe(config: ml_collections.ConfigDict, data: DataSpec) -> Recipe:
     ema_max_decay=config.teacher.ema_decay,
     quirks=parse_quirks(config.quirks),
     photometric=make_photometric(config),
+    microbatches=config.batch.microbatches,
   )
 
 

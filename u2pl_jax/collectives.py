@@ -47,7 +47,8 @@ _PURPOSES = (
   ("anchors", r"\banchors\b"),
   ("prototypes", r"\bprototypes\b"),
   ("cosines with a split bank", r"\bcosines\b"),
-  ("gradients", r"transpose\(jvp\((DeepLab|checkpoint|rematted)"),
+  # By micro-batches the network lies in a loop of the backward pass.
+  ("gradients", r"transpose\(jvp\((DeepLab|checkpoint|rematted|\)\)/while/)"),
   ("batch statistics", r"\bDeepLab\b"),
 )
 OTHER = "losses and metrics (numbers)"

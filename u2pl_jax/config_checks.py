@@ -157,6 +157,43 @@ def _check_schedule(optimizer: ml_collections.ConfigDict) -> None:
   _in_range("optimizer.plateau.threshold", plateau.threshold, 0, 0.5)
 
 
+def legal_microbatches(
+  config: ml_collections.ConfigDict, num_devices: int
+) -> list[int]:
+  """The numbers of micro-batches that the batch and the devices allow.
+
+  Every device has its share of every micro-batch, which has at least the two
+  labelled images that batch normalisation needs.
+  """
+  labelled, unlabelled = config.batch.labelled, config.batch.unlabelled
+  groups = (
+    labelled
+    if config.method == "supervised"
+    else math.gcd(labelled, unlabelled)
+  )
+  return [
+    number
+    for number in range(1, labelled // 2 + 1)
+    if groups % (number * num_devices) == 0
+  ]
+
+
+def _check_microbatches(
+  config: ml_collections.ConfigDict, num_devices: int
+) -> None:
+  number, legal = (
+    config.batch.microbatches,
+    legal_microbatches(config, num_devices),
+  )
+  _require(
+    number in legal,
+    f"config.batch.microbatches={number}: {config.batch.labelled} labelled and"
+    f" {config.batch.unlabelled} unlabelled images on {num_devices} device(s)"
+    f" allow {', '.join(map(str, legal))}: each device needs equal shares of"
+    " both in each micro-batch, and batch normalisation two labelled images",
+  )
+
+
 def check_config(
   config: ml_collections.ConfigDict, *, num_classes: int, num_devices: int
 ) -> None:
@@ -212,6 +249,7 @@ def check_config(
     f"config.batch.labelled={config.batch.labelled}: batch normalisation of"
     " the image-pooling branch needs at least 2",
   )
+  _check_microbatches(config, num_devices)
   _require(
     config.eval.batch >= 1 and config.eval.batch % num_devices == 0,
     f"config.eval.batch={config.eval.batch} does not divide over"

@@ -55,6 +55,41 @@ def places(num_labelled: int, num_unlabelled: int) -> np.ndarray:
   return np.concatenate([whole[:, :cut].ravel(), whole[:, cut:].ravel()])
 
 
+def num_groups(num_labelled: int, num_unlabelled: int) -> int:
+  """Groups of the whole that `interleave` makes of halves of these sizes."""
+  return math.gcd(num_labelled, num_unlabelled)
+
+
+def micro_batches(whole: Array, groups: int, number: int) -> Array:
+  """Cuts a batch into equal micro-batches; no image leaves its device.
+
+  Micro-batch i has the groups g with g % number == i, so that each device has
+  its share of each of them, and what is in one does not depend on the devices.
+
+  Args:
+    whole: [b, ...].
+    groups: into which the batch is divided, see `num_groups`; of images of one
+      kind each is a group.
+    number: of micro-batches; with the number of devices it divides the groups.
+
+  Returns:
+    [number, b // number, ...], each in the order of the batch.
+  """
+  grouped = whole.reshape(
+    groups // number, number, len(whole) // groups, *whole.shape[1:]
+  )
+  return jnp.moveaxis(grouped, 1, 0).reshape(number, -1, *whole.shape[1:])
+
+
+def whole_batch(parts: Array, groups: int) -> Array:
+  """The inverse of `micro_batches`: [number, b // number, ...] -> [b, ...]."""
+  number, size, *rest = parts.shape
+  grouped = parts.reshape(
+    number, groups // number, number * size // groups, *rest
+  )
+  return jnp.moveaxis(grouped, 0, 1).reshape(-1, *rest)
+
+
 def labelled_first(whole: Array, num_labelled: int) -> Array:
   """The halves of `whole` laid end to end: for the eye, and for tests."""
   return jnp.concatenate(separate(whole, num_labelled))

@@ -45,6 +45,7 @@ def main(_: list[str]) -> None:
   from u2pl_jax import distributed
   from u2pl_jax.checkpoint import CheckpointError
   from u2pl_jax.config_checks import ConfigError
+  from u2pl_jax.rehearsal import OutOfMemoryError
   from u2pl_jax.run_log import RunError
 
   # Before any other use of jax.
@@ -70,6 +71,7 @@ def main(_: list[str]) -> None:
       ConfigError,
       CheckpointError,
       RunError,
+      OutOfMemoryError,
       diverged,
     ) as error:
       fail(prefix + str(error))

@@ -59,6 +59,7 @@ from u2pl_jax.judging import (
 from u2pl_jax.log_head import describe_devices, log_head
 from u2pl_jax.models.weight_files import WeightsError
 from u2pl_jax.preemption import Preempted, Preemption
+from u2pl_jax.rehearsal import memory_errors_in_one_line, rehearse
 from u2pl_jax.report_data import Reporter, scores_of
 from u2pl_jax.run_log import RunError
 from u2pl_jax.train_state import TrainState
@@ -117,6 +118,7 @@ def train_and_evaluate(
     RunError: the disk is full, or the report cannot be written.
     TrainingDivergedError: a loss is not finite.
     Preempted: asked to stop; all that was done is saved.
+    OutOfMemoryError: a step does not fit on the devices.
     KeyboardInterrupt: with a line that says how to go on.
   """
   workdir = pathlib.Path(workdir)
@@ -158,8 +160,15 @@ def train_and_evaluate(
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(_full_disk_in_one_line(workdir))
+    stack.enter_context(
+      memory_errors_in_one_line(config, program.mesh.devices.size)
+    )
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     stack.callback(checkpoints.close)
+
+    compiled = set()
+    if max(checkpoints.steps(), default=0) < program.recipe.total_steps:
+      compiled.add(rehearse(config, program, abstract))
 
     # Where to begin:
     # 1. the newest checkpoint of the workdir that can be read;
@@ -210,6 +219,7 @@ def train_and_evaluate(
         workdir,
         preemption,
       )
+      run.compiled |= compiled
       state, meta = run.train(state, meta)
       if preemption.reached():
         raise Preempted(
@@ -291,7 +301,7 @@ class _Run:
     self._clock = Clock()
     self._stall_warning = StallWarning()
     self._bad_records: BadRecords | None = None
-    self._compiled: set[str] = set()
+    self.compiled: set[str] = set()
     self._last_finite_step = 0
 
   def train(self, state: TrainState, meta: Meta) -> tuple[TrainState, Meta]:
@@ -417,9 +427,9 @@ class _Run:
   def _call(self, name: str, *args: Any) -> Any:
     """Calls a step of the program; says so when that means compiling it."""
     function = getattr(self._program, name)
-    if name in self._compiled:
+    if name in self.compiled:
       return function(*args)
-    self._compiled.add(name)
+    self.compiled.add(name)
     logger.info("compiling %s ...", name)
     start = time.perf_counter()
     with self._clock.paused():

@@ -83,6 +83,7 @@ class Recipe:
   ema_max_decay: float
   quirks: frozenset[str] = frozenset()
   photometric: PhotometricSettings | None = None
+  microbatches: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,22 +129,78 @@ class UnlabelledBatch:
   valid_box: Array
 
 
+def _forward_eval(
+  model: nn.Module, network: Variables, images: Array, microbatches: int
+):
+  """Forward pass with running statistics, by micro-batches."""
+
+  def forward(images):
+    return model.apply(network.for_apply(), images, train=False)
+
+  if microbatches == 1:
+    return forward(images)
+  groups = len(images)
+  outputs = jax.lax.map(
+    forward, halves.micro_batches(images, groups, microbatches)
+  )
+  return jax.tree.map(lambda x: halves.whole_batch(x, groups), outputs)
+
+
 def _forward_train(
   model: nn.Module,
   params: Any,
   batch_stats: Any,
   images: Array,
   dropout_key: Array,
+  *,
+  groups: int,
+  microbatches: int,
 ):
-  """Forward pass with batch statistics -> (outputs, new running ones)."""
-  outputs, mutated = model.apply(
-    {"params": params, "batch_stats": batch_stats},
-    images,
-    train=True,
-    mutable=["batch_stats"],
-    rngs={"dropout": dropout_key},
+  """Forward pass with batch statistics, by micro-batches.
+
+  Only the network runs by micro-batches: the outputs are those of the whole
+  batch, and so is what a loss makes of them. Of several micro-batches no
+  activation is kept for the gradient: the backward pass runs each a second
+  time, with the same dropout, and adds up what they contribute.
+
+  Args:
+    model: a `DeepLab`.
+    params, batch_stats: of the network.
+    images: [b, h, w, 3].
+    dropout_key: of the pass.
+    groups: see `halves.micro_batches`.
+    microbatches: each normalises with its own statistics; they enter the
+      running ones one micro-batch after the other.
+
+  Returns:
+    (outputs, new running statistics).
+  """
+
+  def forward(batch_stats, inputs):
+    images, key = inputs
+    outputs, mutated = model.apply(
+      {"params": params, "batch_stats": batch_stats},
+      images,
+      train=True,
+      mutable=["batch_stats"],
+      rngs={"dropout": key},
+    )
+    return jax.lax.stop_gradient(mutated["batch_stats"]), outputs
+
+  if microbatches == 1:
+    batch_stats, outputs = forward(batch_stats, (images, dropout_key))
+    return outputs, batch_stats
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(
+    dropout_key, jnp.arange(microbatches)
   )
-  return outputs, mutated["batch_stats"]
+  batch_stats, outputs = jax.lax.scan(
+    # In a scan nothing can undo the recomputation: no barriers needed.
+    jax.checkpoint(forward, prevent_cse=False),
+    batch_stats,
+    (halves.micro_batches(images, groups, microbatches), keys),
+  )
+  outputs = jax.tree.map(lambda x: halves.whole_batch(x, groups), outputs)
+  return outputs, batch_stats
 
 
 def _supervised_loss(
@@ -206,14 +263,16 @@ def supervised_step(
   """
   images = normalise(batch.image, batch.valid_box, recipe.mean, recipe.std)
   labels = batch.label.astype(jnp.int32)
+  forward_train = functools.partial(
+    _forward_train,
+    model,
+    groups=len(images),
+    microbatches=recipe.microbatches,
+  )
 
   def loss_fn(params):
-    outputs, batch_stats = _forward_train(
-      model,
-      params,
-      state.student.batch_stats,
-      images,
-      draws.student_dropout,
+    outputs, batch_stats = forward_train(
+      params, state.student.batch_stats, images, draws.student_dropout
     )
     loss = _supervised_loss(outputs.logits, outputs.aux_logits, labels, recipe)
     return loss, (batch_stats, outputs)
@@ -226,12 +285,8 @@ def supervised_step(
   teacher, t_out = state.teacher, None
   if "teacher_cold_start" in recipe.quirks:
     # Only its batch statistics move, by a forward pass of its own weights.
-    t_out, teacher_stats = _forward_train(
-      model,
-      teacher.params,
-      teacher.batch_stats,
-      images,
-      draws.teacher_dropout,
+    t_out, teacher_stats = forward_train(
+      teacher.params, teacher.batch_stats, images, draws.teacher_dropout
     )
     teacher = teacher.replace(batch_stats=teacher_stats)
 
@@ -285,9 +340,15 @@ def semi_supervised_step(
   labels_l = batch_l.label.astype(jnp.int32)
   progress = training_progress(state.step, recipe)
   teacher = _hand_over(state, recipe)
+  forward_train = functools.partial(
+    _forward_train,
+    model,
+    groups=halves.num_groups(num_l, len(batch_u.image)),
+    microbatches=recipe.microbatches,
+  )
 
   # Pseudo labels: the teacher on clean images, running statistics.
-  clean = model.apply(teacher.for_apply(), images_u, train=False)
+  clean = _forward_eval(model, teacher, images_u, recipe.microbatches)
   probs = jax.nn.softmax(resize_bilinear(clean.logits, (height, width)))
   pseudo_labels = probs.argmax(-1).astype(jnp.int32)
   confidence = probs.max(-1)
@@ -334,12 +395,8 @@ def semi_supervised_step(
 
   # The teacher's second pass: strong view, batch statistics. It judges
   # reliability, and gives prototypes and negatives.
-  t_out, teacher_stats = _forward_train(
-    model,
-    teacher.params,
-    teacher.batch_stats,
-    images,
-    draws.teacher_dropout,
+  t_out, teacher_stats = forward_train(
+    teacher.params, teacher.batch_stats, images, draws.teacher_dropout
   )
   _, t_logits_u = halves.separate(t_out.logits, num_l)
   entropies = reliability.entropy(resize_bilinear(t_logits_u, (height, width)))
@@ -375,12 +432,8 @@ def semi_supervised_step(
   }
 
   def loss_fn(params):
-    outputs, batch_stats = _forward_train(
-      model,
-      params,
-      state.student.batch_stats,
-      student_images,
-      draws.student_dropout,
+    outputs, batch_stats = forward_train(
+      params, state.student.batch_stats, student_images, draws.student_dropout
     )
     logits_l, logits_u = halves.separate(outputs.logits, num_l)
     aux_l = None

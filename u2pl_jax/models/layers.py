@@ -4,6 +4,7 @@ Everything is NHWC. Parameters and batch statistics are float32 (float64 under
 x64); `dtype` is the type of the convolutions' inputs and outputs.
 """
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -117,7 +118,6 @@ class BatchNorm(nn.Module):
     scale = self.param("scale", self.scale_init, (channels,), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
 
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if train:
       count = x.size // channels
       if count < 2 and not self.is_initializing():
@@ -125,9 +125,8 @@ class BatchNorm(nn.Module):
           "batch normalisation of a single value per channel: the image-pooling"
           " branch needs at least two images in the global batch"
         )
-      mean = x.mean((0, 1, 2))
-      # Two passes: E[x^2] - E[x]^2 cancels when the mean is large.
-      var = jnp.square(x - mean).mean((0, 1, 2))
+      mean = _widened(x).mean((0, 1, 2))
+      var = _variance(x, mean)
       if not self.is_initializing():
         unbiased = var * (count / (count - 1))
         keep = self.momentum
@@ -135,8 +134,31 @@ class BatchNorm(nn.Module):
         running_var.value = keep * running_var.value + (1 - keep) * unbiased
     else:
       mean, var = running_mean.value, running_var.value
-    y = (x - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
-    return y.astype(self.dtype)
+    factor = scale * jax.lax.rsqrt(var + self.epsilon)
+    return _normalise(x, mean, factor, bias, self.dtype)
+
+
+def _widened(x: Array) -> Array:
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+# Of the norms' input the backward pass needs several functions, each as large
+# and in float32: they are computed again, so that only the input itself is
+# kept, in its own type. (The statistics are not computed again.)
+
+
+@jax.checkpoint
+def _variance(x: Array, mean: Array) -> Array:
+  """[c]; two passes: E[x^2] - E[x]^2 cancels when the mean is large."""
+  return jnp.square(_widened(x) - mean).mean((0, 1, 2))
+
+
+@functools.partial(jax.checkpoint, static_argnums=4)
+def _normalise(
+  x: Array, mean: Array, factor: Array, bias: Array, dtype: Dtype
+) -> Array:
+  y = (_widened(x) - mean) * factor + bias
+  return y.astype(dtype)
 
 
 def max_pool_ceil(x: Array) -> Array:
