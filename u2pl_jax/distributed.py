@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -102,6 +103,11 @@ def initialize(
     _join_pod(timeout)
   else:
     return
+  if jax.default_backend() == "cpu":
+    # There the processes look for their programs under different names, so that
+    # one runs a stored program and another a new one, whose collectives come in
+    # another order: gloo aborts.
+    jax.config.update("jax_enable_compilation_cache", False)
   counts = np.bincount([device.process_index for device in jax.devices()])
   if counts.min() < counts.max():
     few, many = int(counts.argmin()), int(counts.argmax())
@@ -317,6 +323,22 @@ def wait_for_all() -> None:
     _client().wait_at_barrier(
       f"u2pl_jax/{next(_counter)}", _BARRIER_TIMEOUT * 1000
     )
+
+
+def compile_together(function: Callable, *args: Any) -> None:
+  """Compiles for a first call; returns when all processes have done so.
+
+  The call itself would begin as soon as this process is ready, and end the
+  others if one takes longer, say because it finds nothing in its cache: on CPUs
+  a collective waits for 40 s.
+
+  Args:
+    function: jitted.
+    args: of the call that follows.
+  """
+  if jax.process_count() > 1:
+    function.lower(*args).compile()
+    wait_for_all()
 
 
 @contextlib.contextmanager

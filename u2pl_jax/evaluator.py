@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -78,6 +79,8 @@ class Evaluator:
     self.protocol = protocol
     self.shapes: set[tuple[int, int, int]] = set()
     self.num_compilations = 0
+    # Whether the batch is the first one of its shape.
+    self._is_new = True
     self._mesh = mesh
     self._num_classes = settings.num_classes
     replicated = sharding.replicated(mesh)
@@ -219,7 +222,8 @@ class Evaluator:
   ) -> tuple[dict[str, jax.Array], jax.Array]:
     """(counts, classes) of a batch, on the devices."""
     shape = batch["image"].shape[:3]
-    if shape not in self.shapes:
+    self._is_new = shape not in self.shapes
+    if self._is_new:
       self.shapes.add(shape)
       if self.protocol.name == "whole" and len(self.shapes) == _MANY_SHAPES:
         logger.warning(
@@ -235,14 +239,24 @@ class Evaluator:
       return on_device | put({"scaled_box": boxes})
 
     if self.protocol.num_passes == 1:
-      return self._eval_step(variables, at_scale(self.protocol.scales[0]))
+      return self._call(
+        self._eval_step, variables, at_scale(self.protocol.scales[0])
+      )
     num_rows = on_device["image"].shape[0]
     total = self._zeros((num_rows, *shape[1:], self._num_classes))
     for scale in self.protocol.scales:
       scaled = at_scale(scale)
       for flip in (False, True) if self.protocol.flip else (False,):
-        total = self._pass_steps[scale](variables, scaled, total, flip)
-    return self._count_step(on_device, total)
+        total = self._call(
+          self._pass_steps[scale], variables, scaled, total, flip
+        )
+    return self._call(self._count_step, on_device, total)
+
+  def _call(self, step: Callable, *args) -> Any:
+    """Compiles a new shape on all processes before any of them runs it."""
+    if self._is_new:
+      distributed.compile_together(step, *args)
+    return step(*args)
 
 
 def _with_index(step: Callable, *, batch_at: int) -> Callable:

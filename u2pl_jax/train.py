@@ -433,6 +433,7 @@ class _Run:
     logger.info("compiling %s ...", name)
     start = time.perf_counter()
     with self._clock.paused():
+      distributed.compile_together(function, *args)
       result = function(*args)
     logger.info("compiled in %.1f s", time.perf_counter() - start)
     return result
