@@ -66,6 +66,7 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
     ),
     "u2pl_jax.sharding": (set(), {"jax", "numpy"}),
     "u2pl_jax.checkpoint": (set(), {"flax", "jax", "numpy", "orbax"}),
+    "u2pl_jax.preemption": (set(), {"jax"}),
     "u2pl_jax.tiling": (
       _u2pl({"evaluation", "images", "sharding", "train_state"}),
       maths,
@@ -298,6 +299,8 @@ def test_what_the_design_allows_is_allowed(module, source):
       ("tensorflow", "clu", "tensorflow_datasets", "grain", "orbax"),
     ),
     ("input_pipeline", ("jax", "flax", "tensorflow")),
+    # It hears SIGTERM while these are imported.
+    ("u2pl_jax.preemption", ("jax", "numpy")),
     ("u2pl_jax.evaluation_record", ("jax", "flax", "tensorflow", "cv2")),
     (
       "u2pl_jax.report",
