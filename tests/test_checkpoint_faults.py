@@ -1,6 +1,7 @@
-"""Checkpoints under every damage to every file, a full disk, and SIGTERM."""
+"""Checkpoints under damage to every file; a full disk; what SIGTERM saves."""
 
 import contextlib
+import errno
 import logging
 import os
 import resource
@@ -18,7 +19,7 @@ from tests.test_checkpoint import (
   save_steps,
   step_folder,
 )
-from u2pl_jax import checkpoint
+from u2pl_jax import checkpoint, writers
 from u2pl_jax.checkpoint import CheckpointError, Checkpoints, Meta
 
 
@@ -138,6 +139,27 @@ def test_no_room_is_known_before(tmp_path, monkeypatch):
   checkpoints.save(make_state(4), make_meta(4))
   checkpoints.close()
   assert restore(tmp_path)[1].step == 4
+
+
+def test_full_disk_in_tensorboard(tmp_path):
+  """Whose library has an error of its own for it."""
+  tf = pytest.importorskip("tensorflow")
+  sink = writers.TensorBoard(tmp_path)
+
+  class Full:
+    def flush(self, *_):
+      raise tf.errors.ResourceExhaustedError(None, None, "events file")
+
+    close = write_scalars = write_images = flush
+
+  sink._writer = Full()
+  for call in (sink.sync, sink.close):
+    with pytest.raises(OSError) as info:
+      call()
+    assert info.value.errno == errno.ENOSPC
+  for call in (sink.write, sink.write_images):
+    with pytest.raises(OSError, match="No space left"):
+      call(1, {})
 
 
 # -- SIGTERM -------------------------------------------------------------------

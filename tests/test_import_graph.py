@@ -82,6 +82,7 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
       _u2pl({"build", "config_checks", "roofline"}),
       {"matplotlib", "ml_collections"},
     ),
+    "u2pl_jax.preemption": (set(), {"jax"}),
     "u2pl_jax.tiling": (
       _u2pl({"evaluation", "images", "sharding", "train_state"}),
       maths,
@@ -316,6 +317,8 @@ def test_what_the_design_allows_is_allowed(module, source):
       ("tensorflow", "clu", "tensorflow_datasets", "grain", "orbax"),
     ),
     ("input_pipeline", ("jax", "flax", "tensorflow")),
+    # It hears SIGTERM while these are imported.
+    ("u2pl_jax.preemption", ("jax", "numpy")),
     ("u2pl_jax.evaluation_record", ("jax", "flax", "tensorflow", "cv2")),
     (
       "u2pl_jax.report",

@@ -141,6 +141,29 @@ def test_stopped_everywhere_equals_uninterrupted(root, tmp_path, monkeypatch):  
   assert json.loads(page.read_text())["complete_step"] == 20
 
 
+@pytest.mark.usefixtures("fake_steps")
+def test_workers_that_have_ended_first(root, tmp_path, monkeypatch):  # noqa: F811
+  """The step after 3 gets no batch; so it is with and without a signal."""
+  asked, put, calls = Preemption(), train._put, []
+
+  def put_three(*args):
+    calls.append(args)
+    if len(calls) > 3:
+      asked._signalled = is_signalled
+      raise RuntimeError("a worker is gone")
+    return put(*args)
+
+  monkeypatch.setattr(train, "_put", put_three)
+  is_signalled = False
+  with pytest.raises(RuntimeError, match="a worker is gone"):
+    train.train_and_evaluate(make_config(root), tmp_path, asked)
+  calls.clear()
+  is_signalled = True
+  with pytest.raises(Preempted, match="stopped after step 3 of 20; all is"):
+    train.train_and_evaluate(make_config(root), tmp_path, asked)
+  assert newest(tmp_path) == (3, None)
+
+
 @pytest.mark.parametrize("number", (errno.ENOSPC, errno.EFBIG))
 def test_full_disk_is_one_line(tmp_path, number):
   with pytest.raises(RunError) as info:
@@ -155,27 +178,6 @@ def test_other_errors_of_files_keep_their_traceback(tmp_path):
   with pytest.raises(PermissionError):
     with train._full_disk_in_one_line(tmp_path):
       raise PermissionError(errno.EACCES, "no")
-
-
-def test_full_disk_in_tensorboard(tmp_path):
-  """Whose library has an error of its own for it."""
-  tf = pytest.importorskip("tensorflow")
-  sink = writers.TensorBoard(tmp_path)
-
-  class Full:
-    def flush(self, *_):
-      raise tf.errors.ResourceExhaustedError(None, None, "events file")
-
-    close = write_scalars = write_images = flush
-
-  sink._writer = Full()
-  for call in (sink.sync, sink.close):
-    with pytest.raises(OSError) as info:
-      call()
-    assert info.value.errno == errno.ENOSPC
-  for call in (sink.write, sink.write_images):
-    with pytest.raises(OSError, match="No space left"):
-      call(1, {})
 
 
 # -- The signal ----------------------------------------------------------------

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from u2pl_jax import sharding
+from u2pl_jax import distributed, sharding
 from u2pl_jax.build import Program
 from u2pl_jax.config_checks import legal_microbatches
 from u2pl_jax.train_state import TrainState
@@ -57,7 +57,9 @@ def rehearse(
     ),
     out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
   )()
-  jax.block_until_ready(getattr(program, name)(state, *batches))
+  step = getattr(program, name)
+  distributed.compile_together(step, state, *batches)
+  jax.block_until_ready(step(state, *batches))
   logger.info(
     "compiled and tried on empty images in %.1f s%s",
     time.perf_counter() - start,

@@ -328,8 +328,17 @@ class _Run:
         distributed.wait_for_all()
       with contextlib.ExitStack() as streams:
         batches = self._batches(step, streams)
+        metrics = {}
         while not self._is_finished(meta):
-          state, metrics = self._update(state, next(batches))
+          try:
+            batch = next(batches)
+          except Exception:
+            # A cluster's SIGTERM ends the workers that read files, too.
+            if not self._preemption.signalled:
+              raise
+            self._check_finite(step, jax.device_get(metrics), {})
+            self._stop(state, meta)
+          state, metrics = self._update(state, batch)
           self._preemption.hold()
           in_flight.append(metrics["total_loss"])
           if len(in_flight) > _MAX_IN_FLIGHT:
