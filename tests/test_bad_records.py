@@ -340,17 +340,15 @@ def test_the_count_is_that_of_all_processes(monkeypatch):
   sent = []
   monkeypatch.setattr(bad_records.jax, "process_count", lambda: 2)
   monkeypatch.setattr(
-    bad_records.multihost_utils,
-    "process_allgather",
+    bad_records.distributed,
+    "gather",
     lambda places: sent.append(places.copy()) or np.stack([places] * 2),
   )
   for one in records:
     one.gather()
   assert [one.tolist() for one in sent] == [[0, 6, -1, -1], [0, -1, -1, -1]]
   received = np.stack(sent)
-  monkeypatch.setattr(
-    bad_records.multihost_utils, "process_allgather", lambda _: received
-  )
+  monkeypatch.setattr(bad_records.distributed, "gather", lambda _: received)
   for one in records:
     one.gather()
     assert one.ids == ("photo0", "photo6")

@@ -9,9 +9,11 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 import zlib
 
@@ -86,24 +88,27 @@ def finish(started, code=0):
   return found
 
 
-def train(folder, processes, devices, *arguments, code=0, own=()):
+def start_training(folder, processes, devices, *arguments, own=()):
   """Trains configs/testing.py in folder/run, of the data in folder/../data."""
-  return finish(
-    start(
-      "tests.host_runs",
-      processes,
-      devices,
-      "--config=configs/testing.py",
-      f"--workdir={folder}/run",
-      f"--config.dataset.root={folder.parent}/data",
-      "--config.checkpoint.keep=3",
-      "--config.log.report_images=0",
-      "--config.log.images_every_epochs=0",
-      *arguments,
-      own=own,
-    ),
-    code=code,
+  return start(
+    "tests.host_runs",
+    processes,
+    devices,
+    "--config=configs/testing.py",
+    f"--workdir={folder}/run",
+    f"--config.dataset.root={folder.parent}/data",
+    "--config.checkpoint.keep=3",
+    "--config.log.report_images=0",
+    "--config.log.images_every_epochs=0",
+    *arguments,
+    own=own,
   )
+
+
+def train(folder, processes, devices, *arguments, code=0, own=()):
+  """`start_training`, and waits for the end."""
+  started = start_training(folder, processes, devices, *arguments, own=own)
+  return finish(started, code=code)
 
 
 def lines(workdir):
@@ -475,6 +480,25 @@ def test_error_of_one_process_ends_all(two):
 
 
 # -- Four processes, and what takes longer -------------------------------------
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_both(two):
+  """At the same step; the same command goes on to the same end."""
+  workdir, _ = two
+  folder = workdir.parent.parent / "stopped"
+  started = start_training(folder, 2, 1)
+  metrics = folder / "run" / "metrics.jsonl"
+  while not (metrics.exists() and metrics.read_text()):
+    assert all(process.poll() is None for process in started)
+    time.sleep(0.01)
+  started[1].send_signal(signal.SIGTERM)
+  errors = finish(started, code=75)
+  last = [error.splitlines()[-1] for error in errors]
+  assert last[0].startswith("error: SIGTERM: stopped after step ")
+  assert last[1] == last[0].replace("error: ", "error: process 1: ")
+  train(folder, 2, 1)
+  assert_same_run(folder / "run", workdir)
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,10 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
     # A page is drawn without a backend, from any machine.
     "u2pl_jax.run_log": (_u2pl({"plateau"}), {"numpy"}),
     "u2pl_jax.clock": (set(), set()),
-    "u2pl_jax.bad_records": ({"input_pipeline"}, {"jax", "numpy"}),
+    "u2pl_jax.bad_records": (
+      {"input_pipeline"} | _u2pl({"distributed"}),
+      {"jax", "numpy"},
+    ),
     "u2pl_jax.advice": (_u2pl({"clock", "run_log"}), {"numpy"}),
     "u2pl_jax.run_stats": (
       {"input_pipeline.storage"} | _u2pl({"run_log"}),

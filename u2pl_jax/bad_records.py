@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from input_pipeline import DataError
+from u2pl_jax import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class BadRecords:
     places = np.full(self._limit + 1, -1, np.int32)
     found = [place for place, id in enumerate(self._ids) if id in self._reasons]
     places[: len(found)] = found
-    for place in np.unique(multihost_utils.process_allgather(places)):
+    for place in np.unique(distributed.gather(places)):
       if place >= 0:
         self._reasons.setdefault(self._ids[place], "skipped by another process")
     self._check_limit()
