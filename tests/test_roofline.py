@@ -159,6 +159,15 @@ def test_settings_that_change_the_floor():
   assert 0.2 < extra / flops(plain["student, forward"]) < 1
   assert remat["student, forward"] == plain["student, forward"]
 
+  # Everything once more, and with both the blocks twice more.
+  parts = phases_of(**{"batch.microbatches": 2})
+  again = flops(parts["student, backward"]) - flops(plain["student, backward"])
+  assert again == flops(plain["student, forward"])
+  both = phases_of(**{"batch.microbatches": 2, "model.remat": True})
+  assert flops(both["student, backward"]) == pytest.approx(
+    flops(plain["student, backward"]) + extra + again
+  )
+
   auxiliary = phases_of(**{"supervised.aux_weight": 0.4})
   names = [o.name for o in auxiliary["student, forward"].operations]
   assert "auxor/aux_0" in names

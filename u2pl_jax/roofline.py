@@ -448,7 +448,11 @@ def step_phases(
     phases["teacher, strong view"] = forward(
       found, images, itemsize, train=True
     )
+  # What the backward pass computes a second time: the blocks, and of several
+  # micro-batches everything.
   again = [x for x in found if x.in_block and config.model.remat]
+  if config.batch.microbatches > 1:
+    again += found
   phases |= {
     "student, forward": forward(found, images, itemsize, train=True),
     "student, backward": backward(found, images, itemsize)
