@@ -192,7 +192,7 @@ def test_a_supervised_step_mines_in_the_whole_batch():
       "method": "supervised",
       "supervised.loss": "ohem",
       "supervised.ohem_threshold": 0.01,
-      "supervised.ohem_min_kept": 300,
+      "supervised.ohem_min_kept": 3000,
       "supervised.aux_weight": 0.4,
     }
   )
