@@ -36,7 +36,7 @@ def predict(config, network, *, num_devices=1, **changes):
   )
 
 
-def test_the_peak_is_within_a_quarter_of_the_compilers(config, network):
+def test_the_peak_is_within_a_fifth_of_the_compilers(config, network):
   program = build_lib.build(
     config, build_lib.DataSpec(6, (120.0,) * 3, (60.0,) * 3, 8)
   )
@@ -56,7 +56,7 @@ def test_the_peak_is_within_a_quarter_of_the_compilers(config, network):
     - memory.alias_size_in_bytes
   )
   predicted = predict(config, network)
-  assert measured / 1.25 < predicted.peak < 1.25 * measured
+  assert measured / 1.2 < predicted.peak < 1.2 * measured
   # What does not depend on the compiler is exact, but for a few counters.
   num_bytes = memory_plan._num_bytes(state)
   exact = (
