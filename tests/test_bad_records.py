@@ -409,6 +409,12 @@ class NoReporter:
   def draw(self, variables, **of_network):
     pass
 
+  def draw_missing(self, variables, **of_network):
+    pass
+
+  def is_complete(self, last_step):
+    return True
+
   def finish(self, variables, **of_network):
     pass
 
