@@ -440,6 +440,13 @@ def _end(error: BaseException) -> None:
     code = error.code if isinstance(error.code, int) else 1
   else:
     traceback.print_exc()
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      print(
+        f"error: {error_prefix()}the devices or a collective failed, perhaps"
+        " because another process was killed: run the same command again; it"
+        " goes on from the last checkpoint",
+        file=sys.stderr,
+      )
   failure = {
     "process": jax.process_index(),
     "code": code,
