@@ -298,7 +298,7 @@ def plateau_config(root, **changes):
 def judge(monkeypatch, mious):
   """Evaluations say what the epoch's place in `mious` says."""
 
-  def evaluate(config, program, data, state, step, counts):
+  def evaluate(config, program, data, state, step, counts, update):
     miou = mious[step // EPOCH - 1]
     return {"eval/miou": miou, "eval/pixel_accuracy": miou}
 
@@ -389,7 +389,7 @@ def test_interrupted_around_a_reduction_equals_uninterrupted(
   spec = build_lib.DataSpec(loop.NUM_CLASSES, info.mean, info.std, 16)
   program = build_lib.build(config, spec)
   monkeypatch.setattr(train, "build", lambda *_: program)
-  for name in ("draw", "finish"):
+  for name in ("draw", "draw_missing", "finish"):
     monkeypatch.setattr(train.Reporter, name, lambda *_, **__: None)
   expected = tmp_path / "uninterrupted"
   train.train_and_evaluate(config, expected)

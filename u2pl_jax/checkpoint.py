@@ -121,6 +121,14 @@ class Checkpoints:
     """The steps that have a checkpoint, readable or not, oldest first."""
     return tuple(dict.fromkeys(step for step, _ in self._stored()))
 
+  def newest_meta(self) -> Meta | None:
+    """Of the newest checkpoint; None if there is none or it cannot be read."""
+    for step, folder in self._stored()[-1:]:
+      # What cannot be read `restore_latest` deals with.
+      with contextlib.suppress(Exception):
+        return _read_meta(folder, step)[0]
+    return None
+
   def save(self, state: Any, meta: Meta) -> None:
     """Begins to save; returns when the state may be donated.
 

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import json
 import logging
 import math
 import os
@@ -167,7 +168,10 @@ def train_and_evaluate(
     stack.callback(checkpoints.close)
 
     compiled = set()
-    if max(checkpoints.steps(), default=0) < program.recipe.total_steps:
+    newest = checkpoints.newest_meta()
+    ended = newest is not None and is_finished(config, program.recipe, newest)
+    # As process 0 sees it, since it takes all of them.
+    if not json.loads(distributed.share(json.dumps(ended))):
       compiled.add(rehearse(config, program, abstract))
 
     # Where to begin:
