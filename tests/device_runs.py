@@ -1,10 +1,10 @@
 """Runs for tests/test_devices.py, in a process with 8 pretended CPU devices.
 
-  python -m tests.device_runs FOLDER
+  python -m tests.device_runs FOLDER NAME...
 
-Trains the same ten semi-supervised steps on 1, 2, 4 and 8 devices, on 8 with
-the memory bank split, and by two micro-batches on 1 and 4, and writes what was
-decided: FOLDER/<name>.npz. Two supervised steps follow on 1 and on 4 devices.
+Trains the same ten semi-supervised steps as each of RUNS says, and writes what
+was decided: FOLDER/<name>.npz. Two supervised steps follow on 1 and on 4
+devices.
 """
 
 import functools
@@ -149,9 +149,10 @@ def traced_step(config, program):
   return step
 
 
-def main(folder):
+def main(folder, *names):
   start = None
-  for name, (num_devices, memory_bank, microbatches) in RUNS.items():
+  for name in names:
+    num_devices, memory_bank, microbatches = RUNS[name]
     config = get_config(memory_bank, microbatches)
     program = build_lib.build(config, DATA, devices=jax.devices()[:num_devices])
     if start is None:
@@ -187,4 +188,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-  main(sys.argv[1])
+  main(*sys.argv[1:])

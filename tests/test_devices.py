@@ -31,11 +31,24 @@ def _run(*arguments, devices):
   return result.stdout
 
 
+_MICRO = [name for name in RUNS if name.endswith("_micro")]
+_WHOLE = [name for name in RUNS if name not in _MICRO]
+
+
+def _make_runs(tmp_path_factory, names):
+  folder = tmp_path_factory.mktemp("devices")
+  _run("-m", "tests.device_runs", str(folder), *names, devices=8)
+  return {name: dict(np.load(folder / f"{name}.npz")) for name in names}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("devices")
-  _run("-m", "tests.device_runs", str(folder), devices=8)
-  return {name: dict(np.load(folder / f"{name}.npz")) for name in RUNS}
+  return _make_runs(tmp_path_factory, _WHOLE)
+
+
+@pytest.fixture(scope="module")
+def micro_runs(tmp_path_factory):
+  return _make_runs(tmp_path_factory, _MICRO)
 
 
 def test_the_runs_exercise_what_they_should(runs):
@@ -60,26 +73,34 @@ def test_the_runs_exercise_what_they_should(runs):
 _ROUNDING = {"4_micro": 10}
 
 
-def _on_one_device(name):
-  """The run that another must equal: with as many micro-batches."""
-  return "1_micro" if name.endswith("_micro") else "1"
+@pytest.fixture(scope="module")
+def pair(name, request):
+  """(a run, what it must equal: one device, rounding of the other's order)."""
+  if name in _MICRO:
+    found, one = request.getfixturevalue("micro_runs"), "1_micro"
+  else:
+    found, one = request.getfixturevalue("runs"), "1"
+  return found[name], found[one], _ROUNDING.get(name, 1)
 
 
-@pytest.mark.parametrize(
-  "name", [name for name, (devices, *_) in RUNS.items() if devices > 1]
-)
+_SEVERAL_DEVICES = [
+  pytest.param(name, marks=pytest.mark.slow) if name in _MICRO else name
+  for name, (num_devices, *_) in RUNS.items()
+  if num_devices > 1
+]
+
+
+@pytest.mark.parametrize("name", _SEVERAL_DEVICES, scope="module")
 class TestEqual:
   @pytest.mark.parametrize(
     "metric",
     ["sup_loss", "unsup_loss", "contra_loss", "total_loss", "keep_threshold",
      "low_threshold", "high_threshold", "confidence"],
   )  # fmt: skip
-  def test_losses_and_thresholds(self, runs, name, metric):
-    expected = runs[_on_one_device(name)]
+  def test_losses_and_thresholds(self, pair, metric):
+    found, expected, rounding = pair
     np.testing.assert_allclose(
-      runs[name][metric],
-      expected[metric],
-      rtol=1e-5 * _ROUNDING.get(name, 1),
+      found[metric], expected[metric], rtol=1e-5 * rounding
     )
 
   @pytest.mark.parametrize(
@@ -88,7 +109,7 @@ class TestEqual:
      "num_anchors", "anchor_pixels", "keys_enqueued", "key_candidates_l",
      "key_candidates_u", "bank_count", "bank_cursor"],
   )  # fmt: skip
-  def test_decisions_are_identical(self, runs, name, decision):
+  def test_decisions_are_identical(self, pair, decision):
     """All of them: no number comes as close to its limit as rounding reaches.
 
     Results differ by some 1e-7, and of the comparisons of these runs about one
@@ -96,27 +117,32 @@ class TestEqual:
     lies on a threshold would show here, by one pixel. With the same queues and
     the same bits the negatives that are drawn are the same too.
     """
-    expected = runs[_on_one_device(name)]
-    np.testing.assert_array_equal(runs[name][decision], expected[decision])
+    found, expected, _ = pair
+    np.testing.assert_array_equal(found[decision], expected[decision])
 
-  def test_bank_and_parameters(self, runs, name):
-    expected = runs[_on_one_device(name)]
-    rounding = _ROUNDING.get(name, 1)
+  def test_bank_and_parameters(self, pair):
+    found, expected, rounding = pair
     np.testing.assert_allclose(
-      runs[name]["bank_keys"], expected["bank_keys"], atol=1e-4 * rounding
+      found["bank_keys"], expected["bank_keys"], atol=1e-4 * rounding
     )
     for who in ("student", "teacher"):
       np.testing.assert_allclose(
-        runs[name][who], expected[who], atol=1e-5 * rounding
+        found[who], expected[who], atol=1e-5 * rounding
+      )
+
+  def test_supervised_steps(self, pair):
+    found, expected, _ = pair
+    if "supervised" in found:
+      np.testing.assert_allclose(
+        found["supervised"], expected["supervised"], rtol=1e-5
       )
 
 
-@pytest.mark.parametrize("name", ["4", "4_micro"])
-def test_supervised_steps_are_equal(runs, name):
-  expected = runs[_on_one_device(name)]["supervised"]
-  np.testing.assert_allclose(runs[name]["supervised"], expected, rtol=1e-5)
-  # Micro-batches do change the batch statistics, and with them the loss.
-  assert (runs["1"]["supervised"] != runs["1_micro"]["supervised"]).all()
+@pytest.mark.slow
+def test_micro_batches_change_the_statistics(runs, micro_runs):
+  """So that the equal runs are not those of a batch that was never cut."""
+  whole, parts = runs["1"]["supervised"], micro_runs["1_micro"]["supervised"]
+  assert (whole != parts).all()
 
 
 @pytest.mark.parametrize(
