@@ -20,6 +20,7 @@ def _batch(
     "valid_box": ((size, 4), jnp.int32),
     "scaled_box": ((size, 4), jnp.int32),
     "is_real": ((size,), jnp.bool_),
+    "index": ((size,), jnp.int32),
   }
   split = sharding.batch_sharded(mesh)
   return {
@@ -42,5 +43,5 @@ def eval_batch(
   config: ml_collections.ConfigDict, mesh: Mesh, shape: tuple[int, int]
 ) -> Batch:
   """A batch of the evaluation, of images in a static shape (h, w)."""
-  names = ("image", "label", "valid_box", "scaled_box", "is_real")
+  names = ("image", "label", "valid_box", "scaled_box", "is_real", "index")
   return _batch(mesh, config.eval.batch, shape, names)
