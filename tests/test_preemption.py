@@ -10,18 +10,17 @@ import time
 
 import pytest
 
-from tests.test_train_loop import (  # noqa: F401
-  fake_steps,
-  make_config,
-  no_tensorflow,
-  read_metrics,
-  read_state,
-  root,
-)
+from tests import test_train_loop as loop
 from u2pl_jax import checkpoint, preemption, report, train, writers
 from u2pl_jax.checkpoint import Checkpoints
 from u2pl_jax.preemption import Preempted, Preemption
 from u2pl_jax.run_log import RunError
+
+root, fake_steps, no_tensorflow = (
+  loop.root,
+  loop.fake_steps,
+  loop.no_tensorflow,
+)
 
 MIOU = {4: 0.1, 8: 0.3, 12: 0.2, 16: 0.4, 20: 0.35}
 
@@ -79,10 +78,10 @@ def newest(workdir):
 
 
 @pytest.mark.usefixtures("fake_steps", "miou")
-def test_stopped_everywhere_equals_uninterrupted(root, tmp_path, monkeypatch):  # noqa: F811
+def test_stopped_everywhere_equals_uninterrupted(root, tmp_path, monkeypatch):
   # They take seconds, and are no matter of when a run stops.
   monkeypatch.setattr(report, "write_stats", lambda _: None)
-  config = make_config(root)
+  config = loop.make_config(root)
   config.checkpoint.every_epochs = 2
   train.train_and_evaluate(config, tmp_path / "clean")
   workdir = tmp_path / "run"
@@ -93,12 +92,12 @@ def test_stopped_everywhere_equals_uninterrupted(root, tmp_path, monkeypatch):  
   # Between two steps; of its line of metrics, which is due every third step.
   assert "; all is saved;" in stop(writers.MetricsWriter, "write", 6)
   assert newest(workdir) == (6, None)
-  assert read_metrics(workdir)[-1]["step"] == 6
+  assert loop.read_metrics(workdir)[-1]["step"] == 6
   # In an evaluation, of a step without a line of its own.
   message = stop(train, "counts_of", 8)
   assert "before its evaluation was done; all is saved" in message
   assert newest(workdir) == (8, {})
-  assert read_metrics(workdir)[-1]["step"] == 6
+  assert loop.read_metrics(workdir)[-1]["step"] == 6
   # In the same evaluation once more, which has been begun again.
   stop(train, "counts_of", 8)
   assert newest(workdir) == (8, {})
@@ -107,7 +106,7 @@ def test_stopped_everywhere_equals_uninterrupted(root, tmp_path, monkeypatch):  
   step, line = newest(workdir)
   assert step == 12
   assert line["train/sup_loss"] == pytest.approx(1 / 12)
-  assert read_metrics(workdir)[-1]["step"] == 9
+  assert loop.read_metrics(workdir)[-1]["step"] == 9
   # As if the next process had been killed between its line and its save.
   with (workdir / writers.METRICS_FILE).open("a") as file:
     file.write(json.dumps({"step": 12, "eval/miou": 0.2}) + "\n")
@@ -126,8 +125,10 @@ def test_stopped_everywhere_equals_uninterrupted(root, tmp_path, monkeypatch):  
 
   train.train_and_evaluate(config, workdir)
   clean = tmp_path / "clean"
-  assert read_metrics(workdir) == read_metrics(clean)
-  assert read_state(config, workdir)[1] == read_state(config, clean)[1]
+  assert loop.read_metrics(workdir) == loop.read_metrics(clean)
+  assert (
+    loop.read_state(config, workdir)[1] == loop.read_state(config, clean)[1]
+  )
   assert {p.name for p in (workdir / checkpoint.FOLDER).iterdir()} == {
     p.name for p in (clean / checkpoint.FOLDER).iterdir()
   }
@@ -142,7 +143,7 @@ def test_stopped_everywhere_equals_uninterrupted(root, tmp_path, monkeypatch):  
 
 
 @pytest.mark.usefixtures("fake_steps")
-def test_workers_that_have_ended_first(root, tmp_path, monkeypatch):  # noqa: F811
+def test_workers_that_have_ended_first(root, tmp_path, monkeypatch):
   """The step after 3 gets no batch; so it is with and without a signal."""
   asked, put, calls = Preemption(), train._put, []
 
@@ -156,11 +157,11 @@ def test_workers_that_have_ended_first(root, tmp_path, monkeypatch):  # noqa: F8
   monkeypatch.setattr(train, "_put", put_three)
   is_signalled = False
   with pytest.raises(RuntimeError, match="a worker is gone"):
-    train.train_and_evaluate(make_config(root), tmp_path, asked)
+    train.train_and_evaluate(loop.make_config(root), tmp_path, asked)
   calls.clear()
   is_signalled = True
   with pytest.raises(Preempted, match="stopped after step 3 of 20; all is"):
-    train.train_and_evaluate(make_config(root), tmp_path, asked)
+    train.train_and_evaluate(loop.make_config(root), tmp_path, asked)
   assert newest(tmp_path) == (3, None)
 
 

@@ -332,8 +332,8 @@ class _Run:
         distributed.wait_for_all()
       with contextlib.ExitStack() as streams:
         batches = self._batches(step, streams)
-        metrics = {}
-        while not self._is_finished(meta):
+        metrics, finished = {}, self._is_finished(meta)
+        while not finished:
           try:
             batch = next(batches)
           except Exception:
@@ -349,7 +349,8 @@ class _Run:
             in_flight.popleft().block_until_ready()
           step += 1
           state, meta = self._after_update(step, state, metrics, meta)
-          if not self._is_finished(meta) and self._preemption.reached():
+          finished = self._is_finished(meta)
+          if not finished and self._preemption.reached():
             self._check_finite(step, jax.device_get(metrics), {})
             self._stop(state, meta)
     except KeyboardInterrupt:
