@@ -19,7 +19,7 @@ from jax.extend.core import Var
 
 from configs import testing
 from u2pl_jax import build as build_lib
-from u2pl_jax import halves, rngs, train_step
+from u2pl_jax import halves, train_step
 from u2pl_jax.config_checks import ConfigError, check_config
 from u2pl_jax.models.deeplab import Outputs
 from u2pl_jax.models.layers import BatchNorm, Conv
@@ -110,28 +110,14 @@ def run(config, model, *, microbatches, num_steps=2):
   recipe = build_lib.make_recipe(config, DATA)
   recipe = dataclasses.replace(recipe, microbatches=microbatches)
   batch_l, batch_u = make_batches()
-  statics = {"model": model, "tx": TX, "recipe": recipe, "trace": True}
+  supervised, semi_supervised = build_lib.step_functions(
+    config, model=model, tx=TX, recipe=recipe, trace=True
+  )
 
   def step(state):
-    batch = train_step.LabelledBatch(**batch_l)
-    key = jax.random.key(0)
     if config.method == "supervised":
-      draws = rngs.draw_supervised(key, state.step)
-      return train_step.supervised_step(state, batch, draws, **statics)
-    draws = rngs.draw_semi_supervised(
-      key,
-      state.step,
-      mix=recipe.mix,
-      mix_probability=recipe.mix_probability,
-      unlabelled_shape=batch_u["image"].shape[:3],
-      num_classes=recipe.num_classes,
-      num_anchors=recipe.num_anchors,
-      num_negatives=recipe.num_negatives,
-      max_keys=recipe.max_keys_per_step,
-    )
-    return train_step.semi_supervised_step(
-      state, batch, train_step.UnlabelledBatch(**batch_u), draws, **statics
-    )
+      return supervised(state, batch_l)
+    return semi_supervised(state, batch_l, batch_u)
 
   # Unoptimised code: what is compared is compiled the same way.
   step = jax.jit(step, compiler_options={"xla_backend_optimization_level": "0"})

@@ -237,8 +237,13 @@ def step_functions(
   tx: optax.GradientTransformation,
   recipe: Recipe,
   layout: Layout = ONE_DEVICE,
+  trace: bool = False,
 ) -> tuple[Callable, Callable]:
   """Binds statics and randomness: the two steps before compilation.
+
+  Args:
+    config: complete.
+    model, tx, recipe, layout, trace: see `semi_supervised_step`.
 
   Returns:
     supervised `(state, labelled dict)` and semi-supervised `(state, labelled
@@ -258,6 +263,7 @@ def step_functions(
       model=model,
       tx=tx,
       recipe=recipe,
+      trace=trace,
     )
 
   def run_semi_supervised(
@@ -284,6 +290,7 @@ def step_functions(
       tx=tx,
       recipe=recipe,
       layout=layout,
+      trace=trace,
     )
 
   return run_supervised, run_semi_supervised
