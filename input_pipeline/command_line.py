@@ -24,10 +24,11 @@ def fail(message: str, code: int = 1) -> NoReturn:
   sys.exit(code)
 
 
-def write_json(path: str, content: Any) -> None:
-  """Writes what a script found, for --json; makes the folder at need.
+def write_json(path: str, content: Any, code: int = 1) -> None:
+  """Writes what a command found, for --json; makes the folder at need.
 
-  A file that cannot be written ends the program with one line.
+  A file that cannot be written ends the program with one line and status
+  `code`.
   """
   text = json.dumps(content, indent=2) + "\n"
   try:
@@ -36,7 +37,8 @@ def write_json(path: str, content: Any) -> None:
   except OSError as error:
     fail(
       f"--json={path}: cannot be written ({error.strerror}): choose another"
-      " file"
+      " file",
+      code,
     )
 
 

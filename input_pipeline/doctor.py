@@ -13,14 +13,13 @@ not run. docs/own_data.md has the table of the kinds of problems.
 import collections
 import functools
 import itertools
-import json
 import sys
 from collections.abc import Mapping, Sequence
 
 from absl import app, flags
 from absl import logging as absl_logging
 
-from input_pipeline import command_line, costs, errors, storage
+from input_pipeline import command_line, costs, errors
 from input_pipeline.examination import (
   LABELLED,
   PARTS,
@@ -223,17 +222,6 @@ def _counting(
   return tuple(p for p in diagnosis.problems if p.kind not in allowed)
 
 
-def _write_json(path: str, content: dict) -> None:
-  text = json.dumps(content, indent=2) + "\n"
-  try:
-    storage.write_whole(path, text.encode())
-  except OSError as error:
-    raise errors.DataError(
-      f"{path}: cannot write the report: {error.strerror}; choose another"
-      " file for --json"
-    ) from None
-
-
 def main(_: list[str]) -> None:
   absl_logging.set_verbosity(absl_logging.WARNING)
   config, allowed = command_line.CONFIG.value, _ALLOW.value
@@ -246,7 +234,11 @@ def main(_: list[str]) -> None:
   try:
     diagnosis = examine(config)
     if _JSON.value:
-      _write_json(_JSON.value, to_json(diagnosis, allowed, config.name))
+      command_line.write_json(
+        _JSON.value,
+        to_json(diagnosis, allowed, config.name),
+        COULD_NOT_RUN,
+      )
   except (errors.DataError, errors.ConfigError) as error:
     command_line.fail(str(error), COULD_NOT_RUN)
   except KeyboardInterrupt:

@@ -31,6 +31,7 @@ from u2pl_jax import (
   losses,
   reliability,
   rngs,
+  step_shapes,
   strong_augmentation,
 )
 from u2pl_jax.images import normalise
@@ -266,13 +267,7 @@ def main(argv):
     jax.block_until_ready((state, metrics))
     samples.append(time.perf_counter() - begin)
   whole_ms = 1e3 * statistics.median(samples[2:])
-  memory = compiled.memory_analysis()
-  peak = (
-    memory.temp_size_in_bytes
-    + memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-  )
+  peak = step_shapes.peak_bytes(compiled)
   batch = config.batch.labelled + config.batch.unlabelled
 
   device = jax.devices()[0]

@@ -96,7 +96,6 @@ def inspect(config, num_devices: int) -> dict:
   least = collectives.least_bytes(
     state, program.recipe.max_keys_per_step, num_images * grid[1] * grid[2]
   )
-  memory = compiled.memory_analysis()
   return {
     "config": config.name,
     "devices": num_devices,
@@ -110,11 +109,8 @@ def inspect(config, num_devices: int) -> dict:
     "total_bytes": sum(purposes.values()),
     "least_bytes": least,
     "budget_bytes": int(collectives.BUDGET_FACTOR * sum(least.values())),
-    "peak_bytes": memory.temp_size_in_bytes
-    + memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes,
-    "state_bytes": memory.argument_size_in_bytes,
+    "peak_bytes": step_shapes.peak_bytes(compiled),
+    "state_bytes": compiled.memory_analysis().argument_size_in_bytes,
     "collectives": [dataclasses.asdict(entry) for entry in found],
   }
 

@@ -17,10 +17,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import jax.numpy as jnp
 
 from configs import common
 from u2pl_jax import build as build_lib
+from u2pl_jax import step_shapes
 
 _CROPS = (129, 193)
 # Dilated filters that reach over the border count for less in small crops.
@@ -58,15 +58,9 @@ def lower(backbone: str, stride: int, remat: bool, crop: int):
   program = build_lib.build(
     config, build_lib.DataSpec(21, (0.0,) * 3, (1.0,) * 3, 1000)
   )
-
   state = build_lib.abstract_state(config, program)
-  shape = (_IMAGES, crop, crop)
-  batch = {
-    "image": jax.ShapeDtypeStruct((*shape, 3), jnp.uint8),
-    "valid_box": jax.ShapeDtypeStruct((_IMAGES, 4), jnp.int32),
-  }
-  labelled = batch | {"label": jax.ShapeDtypeStruct(shape, jnp.uint8)}
-  lowered = program.semi_supervised_step.lower(state, labelled, batch)
+  halves = step_shapes.training_batches(config, program.mesh)
+  lowered = program.semi_supervised_step.lower(state, *halves)
   parameters = sum(x.size for x in jax.tree.leaves(state.student.params))
   return lowered, parameters
 

@@ -17,12 +17,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 
 from configs import common, testing, voc_1464
 from u2pl_jax import build as build_lib
-from u2pl_jax import memory_plan
+from u2pl_jax import memory_plan, step_shapes
 
 _ONLY = flags.DEFINE_enum(
   "only", None, ["testing", "resnet50", "voc_1464"], "One of the configs alone."
@@ -51,37 +50,18 @@ _CASES = (
 
 
 def compiled_peak(config, num_classes: int) -> int:
-  """Bytes that the compiler lays out for the step, arguments included."""
+  """`step_shapes.peak_bytes` of the semi-supervised step."""
   program = build_lib.build(
     config,
     build_lib.DataSpec(num_classes, (0.0,) * 3, (1.0,) * 3, 1000),
     devices=jax.devices()[:1],
   )
 
-  def half(size: int, **more) -> dict:
-    shape = (size, *config.input.crop_size)
-    shapes = {
-      "image": ((*shape, 3), jnp.uint8),
-      "valid_box": ((size, 4), jnp.int32),
-    }
-    shapes |= {name: (shape, dtype) for name, dtype in more.items()}
-    return {name: jax.ShapeDtypeStruct(*x) for name, x in shapes.items()}
-
-  memory = (
-    program.semi_supervised_step.lower(
-      build_lib.abstract_state(config, program),
-      half(config.batch.labelled, label=jnp.uint8),
-      half(config.batch.unlabelled),
-    )
-    .compile()
-    .memory_analysis()
+  lowered = program.semi_supervised_step.lower(
+    build_lib.abstract_state(config, program),
+    *step_shapes.training_batches(config, program.mesh),
   )
-  return (
-    memory.temp_size_in_bytes
-    + memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-  )
+  return step_shapes.peak_bytes(lowered.compile())
 
 
 def main(_: list[str]) -> None:

@@ -474,7 +474,7 @@ def test_what_cannot_run_is_one_line_and_status_2(tmp_path):
   config = write_clean(tmp_path)
   for arguments, part in (
     (["--allow=nonsense"], "--allow=nonsense: no such kind"),
-    ([f"--json={tmp_path}/none/x.json"], "cannot write the report"),
+    ([f"--json={tmp_path}/classes.txt/x.json"], "cannot be written"),
     (["--config.dataset.root=/nowhere"], "does not exist"),
     (["--config.dataset.mask_format=x"], "config.dataset.mask_format='x'"),
     (["--config.nonsense=1"], "nonsense"),

@@ -5,13 +5,11 @@ import json
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from configs import testing
 from u2pl_jax import build as build_lib
-from u2pl_jax import memory_plan
+from u2pl_jax import memory_plan, step_shapes
 from u2pl_jax.config_checks import ConfigError
 
 GIB = 2**30
@@ -41,20 +39,9 @@ def test_the_peak_is_within_a_fifth_of_the_compilers(config, network):
     config, build_lib.DataSpec(6, (120.0,) * 3, (60.0,) * 3, 8)
   )
   state = build_lib.abstract_state(config, program)
-  image = jax.ShapeDtypeStruct((4, 33, 33, 3), jnp.uint8)
-  batch = {"image": image, "valid_box": jax.ShapeDtypeStruct((4, 4), jnp.int32)}
-  labelled = batch | {"label": jax.ShapeDtypeStruct((4, 33, 33), jnp.uint8)}
-  memory = (
-    program.semi_supervised_step.lower(state, labelled, batch)
-    .compile()
-    .memory_analysis()
-  )
-  measured = (
-    memory.temp_size_in_bytes
-    + memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-  )
+  halves = step_shapes.training_batches(config, program.mesh)
+  lowered = program.semi_supervised_step.lower(state, *halves)
+  measured = step_shapes.peak_bytes(lowered.compile())
   predicted = predict(config, network)
   assert measured / 1.2 < predicted.peak < 1.2 * measured
   # What does not depend on the compiler is exact, but for a few counters.

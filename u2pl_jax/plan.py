@@ -7,13 +7,10 @@ python -m u2pl_jax.plan --config=configs/voc_1464.py --device-memory=16GiB \
 Takes seconds: nothing is compiled, no image is read, no accelerator is used.
 """
 
-import json
-
 from absl import app, flags
 from absl import logging as absl_logging
 
-from input_pipeline import storage
-from input_pipeline.command_line import CONFIG, fail, parse_flags
+from input_pipeline.command_line import CONFIG, fail, parse_flags, write_json
 
 _MEMORY = flags.DEFINE_string(
   "device-memory", None, "Memory of one device, such as 24GiB or 11GB."
@@ -50,13 +47,9 @@ def main(_: list[str]) -> None:
     )
     print(memory_plan.report(config, found, memory))
     if _JSON.value:
-      plan = memory_plan.as_json(config, found, memory)
-      text = json.dumps(plan, indent=2)
-      storage.write_whole(_JSON.value, f"{text}\n".encode())
+      write_json(_JSON.value, memory_plan.as_json(config, found, memory))
   except (ConfigError, DataError) as error:
     fail(str(error))
-  except OSError as error:
-    fail(f"--json={_JSON.value}: cannot be written: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Shapes of what the compiled steps take, for tools that compile or lower them
-and run nothing."""
+"""Shapes of what the compiled steps take, and the memory that they need, for
+tools that compile or lower them and run nothing."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,3 +47,18 @@ def eval_batch(
   """A batch of the evaluation, of images in a static shape (h, w)."""
   names = ("image", "label", "valid_box", "scaled_box", "is_real", "index")
   return _batch(mesh, config.eval.batch, shape, names)
+
+
+def peak_bytes(compiled: Any) -> int:
+  """What the compiler lays out for a step on one device, arguments included.
+
+  Args:
+    compiled: a step, from `.lower(...).compile()`.
+  """
+  memory = compiled.memory_analysis()
+  return (
+    memory.temp_size_in_bytes
+    + memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
