@@ -1,305 +1,177 @@
-"""Times the phases of a semi-supervised step on whatever device is there.
+"""Times a training step and its phases on whatever device is there.
 
   python scripts/bench_step.py --preset=cpu-mid
   python scripts/bench_step.py --preset=voc --json=step.json
+  python scripts/bench_step.py --preset=voc --batch=16 --microbatches=8 --remat
 
-Random images and labels, full queues, a network at its initial weights. Each
-phase is compiled on its own and timed alone, so the phases need not add up to
-the whole step, which is compiled and timed as the trainer runs it.
+Presets: voc and cityscapes are the published recipes (ResNet-101, 16+16 images
+of 513 or 769, bfloat16), cpu-mid is ResNet-50 with 2+2 of 129 and of 257 in
+float32. Random images and labels, full queues, a network at its initial
+weights. Both step functions are compiled and timed as the trainer runs them;
+the phases each on their own, so they need not add up to the whole. Beside each
+stands its floor at the rates of large products and copies, measured first
+(scripts/roofline.py); a share of the product rate of 100 % is out of reach
+where bytes take longer.
 """
 
-import json
-import pathlib
-import statistics
+import bench_workload as workload  # isort: skip
+
+import copy
+import dataclasses
 import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+from input_pipeline.command_line import write_json
+from u2pl_jax import roofline, step_shapes
 
-from configs import common
-from u2pl_jax import (
-  build as build_lib,
+_MICROBATCHES = flags.DEFINE_integer(
+  "microbatches", 0, "config.batch.microbatches; 0 for the preset's."
 )
-from u2pl_jax import (
-  contrastive,
-  ema,
-  losses,
-  reliability,
-  rngs,
-  step_shapes,
-  strong_augmentation,
-)
-from u2pl_jax.images import normalise
-from u2pl_jax.models.layers import resize_bilinear, resize_nearest
-
-_PRESET = flags.DEFINE_enum(
-  "preset", "cpu-mid", ["cpu-mid", "voc"], "What is timed."
-)
-_SIZE = flags.DEFINE_integer("size", 0, "Crop size, if not the preset's.")
-_REPEATS = flags.DEFINE_integer("repeats", 10, "Timed runs of each phase.")
-_JSON = flags.DEFINE_string("json", "", "Also write the numbers here.")
-
-NUM_CLASSES = 21
+_REMAT = flags.DEFINE_bool("remat", False, "config.model.remat.")
+_PHASES = flags.DEFINE_bool("phases", True, "Time the phases too.")
 
 
-def get_config():
-  """The VOC recipe, reduced for cpu-mid to ResNet-50 and 2 + 2 of 129x129."""
-  config = common.get_base_config()
-  config.schedule.warmup_epochs = 0
-  if _PRESET.value == "cpu-mid":
-    config.model.backbone = "resnet50"
-    config.batch.labelled = config.batch.unlabelled = 2
-    config.input.crop_size = (129, 129)
-  else:
-    config.model.dtype = "bfloat16"
-  if _SIZE.value:
-    config.input.crop_size = (_SIZE.value, _SIZE.value)
-  return config
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One line of the table.
+
+  Attributes:
+    ms: median.
+    flops: of the phase's operations, by roofline.py.
+    floor_ms: at the measured rates.
+    compile_s: 0 if it was not compiled alone.
+    peak_bytes: of the compiled program; None where it says little.
+  """
+
+  ms: float
+  flops: float
+  floor_ms: float
+  compile_s: float
+  peak_bytes: int | None = None
 
 
-def random_batch(config, rng, *, labelled):
-  """One half of a batch in the form of the input pipeline."""
-  size = config.batch.labelled if labelled else config.batch.unlabelled
-  height, width = config.input.crop_size
-  batch = {
-    "image": rng.integers(0, 256, (size, height, width, 3), dtype=np.uint8),
-    "valid_box": np.tile(
-      np.asarray([[0, 0, height, width]], np.int32), (size, 1)
-    ),
-  }
-  if labelled:
-    # Blocks of one class, so that nearest down-sampling keeps some of each.
-    coarse = rng.integers(0, NUM_CLASSES, (size, 16, 16), dtype=np.uint8)
-    batch["label"] = np.array(
-      resize_nearest(jnp.asarray(coarse), (height, width))
-    )
-  return batch
-
-
-def full_bank(bank, rng):
-  """The same bank with every queue full of random keys."""
-  keys = rng.standard_normal(bank.keys.shape, dtype=np.float32)
-  return bank.replace(
-    keys=jnp.asarray(keys, bank.keys.dtype),
-    count=jnp.asarray(bank.capacities, jnp.int32),
-  )
-
-
-def timed(function, *args):
-  """(median milliseconds, compile seconds) of a jitted function."""
+def compiled(function, *args):
+  """(program, seconds to compile)."""
   begin = time.perf_counter()
-  compiled = jax.jit(function).lower(*args).compile()
-  compile_s = time.perf_counter() - begin
-  jax.block_until_ready(compiled(*args))
-  samples = []
-  for _ in range(_REPEATS.value):
-    begin = time.perf_counter()
-    jax.block_until_ready(compiled(*args))
-    samples.append(time.perf_counter() - begin)
-  return 1e3 * statistics.median(samples), compile_s
+  lowered = function.lower(*args)
+  return lowered.compile(), time.perf_counter() - begin
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  config = get_config()
+def measure(case, device):
+  """{row: Row} of a case, the two steps last."""
+  config = case.config
   rng = np.random.default_rng(0)
-  program = build_lib.build(
-    config,
-    build_lib.DataSpec(NUM_CLASSES, (124, 116, 104), (58, 57, 57), 1000),
-  )
-  recipe, model = program.recipe, program.model
-  state = program.create_state()
-  state = state.replace(memory_bank=full_bank(state.memory_bank, rng))
-  batch_l = random_batch(config, rng, labelled=True)
-  batch_u = random_batch(config, rng, labelled=False)
-  num_l, crop = config.batch.labelled, tuple(config.input.crop_size)
-
-  images_u = normalise(
-    jnp.asarray(batch_u["image"]), batch_u["valid_box"], recipe.mean, recipe.std
-  )
-  images_l = normalise(
-    jnp.asarray(batch_l["image"]), batch_l["valid_box"], recipe.mean, recipe.std
-  )
-  labels_l = jnp.asarray(batch_l["label"], jnp.int32)
-  images = jnp.concatenate([images_l, images_u])
-  draws = rngs.draw_semi_supervised(
-    jax.random.key(0),
-    state.step,
-    mix="cutmix",
-    mix_probability=1.0,
-    unlabelled_shape=images_u.shape[:3],
-    num_classes=NUM_CLASSES,
-    num_anchors=recipe.num_anchors,
-    num_negatives=recipe.num_negatives,
-    max_keys=recipe.max_keys_per_step,
-  )
-
-  def pseudo_labelling(teacher, images_u):
-    logits = model.apply(teacher.for_apply(), images_u, train=False).logits
-    probs = jax.nn.softmax(resize_bilinear(logits, crop))
-    return probs.argmax(-1).astype(jnp.int32), probs.max(-1)
-
-  def forward_train(params, batch_stats, images):
-    return model.apply(
-      {"params": params, "batch_stats": batch_stats},
-      images,
-      train=True,
-      mutable=["batch_stats"],
-      rngs={"dropout": draws.student_dropout},
+  program = workload.build(case)
+  batches = workload.random_batches(case, rng)
+  batches = jax.device_put(batches)
+  counted = {
+    phase.name: [phase]
+    for phase in roofline.count(
+      config, num_classes=case.num_classes, num_devices=1
     )
-
-  pseudo_labels, _ = jax.jit(pseudo_labelling)(state.teacher, images_u)
-  outputs, _ = jax.jit(forward_train)(
-    state.student.params, state.student.batch_stats, images
-  )
-
-  def mixing(images_u, pseudo_labels):
-    keep_mask = strong_augmentation.mix_mask(
-      draws.mix, "cutmix", pseudo_labels, ignore_label=255
-    )
-    return [
-      strong_augmentation.fill(
-        x, strong_augmentation.partners(x), keep_mask, "cutmix", 0
-      )
-      for x in (images_u, pseudo_labels)
-    ]
-
-  def student_backward(params, batch_stats, images):
-    def scalar(params):
-      out, _ = forward_train(params, batch_stats, images)
-      return out.logits.sum() + out.reps.sum()
-
-    return jax.grad(scalar)(params)
-
-  def thresholds(logits):
-    entropies = reliability.entropy(resize_bilinear(logits[num_l:], crop))
-    valid = jnp.ones(entropies.shape, bool)
-    return reliability.assess(entropies, valid, jnp.asarray(20.0))
-
-  def pixel_losses(logits):
-    def scalar(logits):
-      logits = resize_bilinear(logits, crop)
-      return losses.cross_entropy(
-        logits[:num_l], labels_l, ignore_label=255
-      ) + losses.unsupervised_loss(
-        logits[num_l:], pseudo_labels, ignore_label=255
-      )
-
-    return jax.value_and_grad(scalar)(logits)
-
-  grid = outputs.logits.shape[1:3]
-  labels = resize_nearest(jnp.concatenate([labels_l, pseudo_labels]), grid)
-
-  def bank_and_contrastive(bank, reps, teacher_reps, logits):
-    def scalar(reps):
-      everything = jnp.ones(labels.shape, bool)
-      result = contrastive.contrastive_loss(
-        reps,
-        teacher_reps,
-        membership=contrastive.class_membership(
-          labels, num_classes=NUM_CLASSES, ignore_label=255
-        ),
-        valid_mask=everything,
-        reliable_mask=everything,
-        unreliable_mask=everything,
-        teacher_probs=jax.nn.softmax(logits),
-        num_labelled=num_l,
-        memory_bank=bank,
-        anchor_bits=draws.anchor_bits,
-        negative_bits=draws.negative_bits,
-        key_bits=draws.key_bits,
-        max_keys=recipe.max_keys_per_step,
-        low_rank=recipe.low_rank,
-        high_rank=recipe.high_rank,
-        # Untrained probabilities are about 1/21: without this no anchors.
-        anchor_min_probability=0.0,
-        negative_max_probability=1.0,
-        temperature=recipe.temperature,
-      )
-      return result.loss, result.memory_bank
-
-    return jax.value_and_grad(scalar, has_aux=True)(reps)
-
-  def optimiser(params, opt_state, teacher_params):
-    updates, opt_state = program.tx.update(params, opt_state, params)
-    params = jax.tree.map(jnp.add, params, updates)
-    return params, opt_state, ema.ema_update(teacher_params, params, 0.99)
-
-  teacher, student = state.teacher, state.student
-  rows = {
-    "teacher forward (eval)": timed(pseudo_labelling, teacher, images_u),
-    "mixing": timed(mixing, batch_u["image"], pseudo_labels),
-    "teacher forward (train)": timed(
-      forward_train, teacher.params, teacher.batch_stats, images
-    ),
-    "student forward + backward": timed(
-      student_backward, student.params, student.batch_stats, images
-    ),
-    "entropies + thresholds": timed(thresholds, outputs.logits),
-    "pixel losses + gradient": timed(pixel_losses, outputs.logits),
-    # Alone it cannot donate the bank, so this includes one copy of it.
-    "bank + contrastive (+ copy)": timed(
-      bank_and_contrastive,
-      state.memory_bank,
-      outputs.reps,
-      outputs.reps + 0.1,
-      outputs.logits,
-    ),
-    "optimiser + EMA": timed(
-      optimiser, student.params, state.opt_state, teacher.params
-    ),
   }
-
-  begin = time.perf_counter()
-  lowered = program.semi_supervised_step.lower(state, batch_l, batch_u)
-  compiled = lowered.compile()
-  compile_s = time.perf_counter() - begin
-  samples = []
-  for _ in range(2 + _REPEATS.value):
-    begin = time.perf_counter()
-    state, metrics = compiled(state, batch_l, batch_u)
-    jax.block_until_ready((state, metrics))
-    samples.append(time.perf_counter() - begin)
-  whole_ms = 1e3 * statistics.median(samples[2:])
-  peak = step_shapes.peak_bytes(compiled)
-  batch = config.batch.labelled + config.batch.unlabelled
-
-  device = jax.devices()[0]
-  print(
-    f"{device.device_kind} x {jax.device_count()}, jax {jax.__version__},"
-    f" preset {_PRESET.value}: {config.model.backbone},"
-    f" {config.model.dtype}, {num_l}+{batch - num_l} images of"
-    f" {crop[0]}x{crop[1]}, {NUM_CLASSES} classes, bank of"
-    f" {state.memory_bank.keys.nbytes / 1e6:.0f} MB, median of"
-    f" {_REPEATS.value}"
+  counted["semi-supervised step"] = [p for (p,) in counted.values()]
+  counted["student, both ways"] = [
+    *counted.pop("student, forward"),
+    *counted.pop("student, backward"),
+  ]
+  alone = copy.deepcopy(config)
+  alone.method = "supervised"
+  counted["supervised step"] = roofline.count(
+    alone, num_classes=case.num_classes, num_devices=1
   )
-  print(f"{'phase':<30}{'ms':>10}{'share':>8}{'compile s':>11}")
-  for name, (ms, seconds) in rows.items():
-    print(f"{name:<30}{ms:>10.1f}{ms / whole_ms:>8.1%}{seconds:>11.1f}")
-  print(f"{'whole step':<30}{whole_ms:>10.1f}{'':>8}{compile_s:>11.1f}")
-  print(
-    f"{batch * 1e3 / whole_ms:.2f} images/s, peak memory"
-    f" {peak / 1e9:.2f} GB (compiler's estimate)"
+
+  rows = {}
+
+  def add(name, ms, compile_s, peak_bytes=None):
+    total = roofline.cost(counted[name], device, config.model.dtype)
+    rows[name] = Row(
+      ms, total.flops, 1e3 * total.seconds, compile_s, peak_bytes
+    )
+
+  state = program.create_state()
+  state = state.replace(memory_bank=workload.full(state.memory_bank))
+  if _PHASES.value:
+    for name, (function, args) in workload.phases(case, program, state).items():
+      run, compile_s = compiled(jax.jit(function), *args)
+      add(
+        name, workload.median_ms(run, workload.REPEATS.value, *args), compile_s
+      )
+    step, tables = workload.outside_network(
+      case, program, *(workload.random_outputs(case, rng) for _ in range(2))
+    )
+    run, compile_s = compiled(step, tables, *batches)
+    ms, _ = workload.step_ms(run, tables, batches, workload.REPEATS.value)
+    add("outside the network", ms, compile_s)
+    del tables
+  for name, step, of in (
+    ("supervised step", program.supervised_step, batches[:1]),
+    ("semi-supervised step", program.semi_supervised_step, batches),
+  ):
+    run, compile_s = compiled(step, state, *of)
+    ms, state = workload.step_ms(run, state, of, workload.REPEATS.value)
+    add(name, ms, compile_s, step_shapes.peak_bytes(run))
+  return rows
+
+
+def table(case, device, rows):
+  """The rows as text, 80 columns wide."""
+  dtype = case.config.model.dtype
+  step = rows["semi-supervised step"]
+  lines = [
+    case.name,
+    workload.device_line(device, dtype),
+    f"median of {workload.REPEATS.value}",
+    f"{'':<23}{'ms':>9}{'share':>7}{'TFLOP/s':>9}{'of rate':>8}"
+    f"{'floor ms':>9}{'x':>6}{'compile':>9}",
+  ]
+  for name, row in rows.items():
+    rate = row.flops / (1e-3 * row.ms)
+    lines.append(
+      f"{name:<23}{row.ms:>9.1f}{row.ms / step.ms:>7.1%}"
+      f"{rate / 1e12:>9.3g}{rate / device.rate(dtype):>8.1%}"
+      f"{row.floor_ms:>9.1f}{row.ms / row.floor_ms:>6.1f}"
+      f"{row.compile_s:>7.1f} s"
+    )
+  batch = case.config.batch
+  images = batch.labelled + batch.unlabelled
+  lines.append(
+    f"{images * 1e3 / step.ms:.2f} images/s, peak memory by the compiler"
+    f" {step.peak_bytes / 1e9:.2f} GB"
   )
-  if _JSON.value:
-    record = {
-      "device": device.device_kind,
-      "preset": _PRESET.value,
-      "crop_size": crop,
-      "phases_ms": {name: ms for name, (ms, _) in rows.items()},
-      "step_ms": whole_ms,
-      "images_per_second": batch * 1e3 / whole_ms,
-      "compile_s": compile_s,
-      "peak_bytes": peak,
-    }
-    pathlib.Path(_JSON.value).write_text(json.dumps(record, indent=2) + "\n")
+  stats = jax.devices()[0].memory_stats()
+  if stats and "peak_bytes_in_use" in stats:
+    lines.append(
+      f"peak memory in use {stats['peak_bytes_in_use'] / 1e9:.2f} GB"
+      " (all of the above in one process)"
+    )
+  return "\n".join(lines)
+
+
+def main(_):
+  # What is asked is how long it takes to compile.
+  jax.config.update("jax_enable_compilation_cache", False)
+  result = []
+  for case in workload.chosen_cases(
+    microbatches=_MICROBATCHES.value, remat=_REMAT.value
+  ):
+    device = workload.measured_device(case.config.model.dtype)
+    rows = measure(case, device)
+    print(table(case, device, rows), end="\n\n", flush=True)
+    result.append(
+      {
+        "case": case.name,
+        "device": dataclasses.asdict(device),
+        "rows": {name: dataclasses.asdict(row) for name, row in rows.items()},
+      }
+    )
+  if workload.JSON.value:
+    write_json(workload.JSON.value, result)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(app.run(main))

@@ -105,6 +105,7 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
     # A page is drawn without a backend, from any machine.
     "u2pl_jax.run_log": (_u2pl({"plateau"}), {"numpy"}),
     "u2pl_jax.clock": (set(), set()),
+    "u2pl_jax.xla_flags": (set(), set()),
     "u2pl_jax.bad_records": (
       {"input_pipeline"} | _u2pl({"distributed"}),
       {"jax", "numpy"},

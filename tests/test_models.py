@@ -1,9 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from u2pl_jax.models import layers, torch_weights
+from u2pl_jax.models import convolution, layers, torch_weights
 from u2pl_jax.models.deeplab import DeepLab
 from u2pl_jax.models.resnet import BACKBONES
 
@@ -144,6 +146,90 @@ def test_resize_nearest_is_torchs_floor_rule():
   assert layers.resize_nearest(x, (7, 1)).ravel().tolist() == [
     0, 0, 1, 2, 2, 3, 4,
   ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+  "kernel_size, dilation", [(1, 1), (3, 1), (3, 2), (3, 4), (3, 9), (5, 3)]
+)
+# More inputs than outputs, and fewer: two forms of the kernel's gradient.
+@pytest.mark.parametrize("features", [4, 12])
+@pytest.mark.parametrize("size", [(8, 5), (9, 9)])
+def test_convolution_by_products(size, features, kernel_size, dilation, stride):
+  """Against XLA's convolution, forward and both gradients."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  x = jax.random.normal(keys[0], (2, *size, 6))
+  kernel = jax.random.normal(keys[1], (kernel_size, kernel_size, 6, features))
+
+  def run(function, grad):
+    y, vjp = jax.vjp(lambda *args: function(*args, stride, dilation), x, kernel)
+    return y, *vjp(grad)
+
+  shape = convolution.convolve(x, kernel, stride, dilation).shape
+  grad = jax.random.normal(keys[2], shape)
+  expected = run(convolution.convolve, grad)
+  found = run(convolution.convolve_by_products, grad)
+  for ours, theirs in zip(found, expected, strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_products_are_only_of_what_is_on_the_image():
+  """17 x 17 at dilation 12: five outputs on each side beside the centre's."""
+  x, kernel = jnp.zeros((1, 17, 17, 8)), jnp.zeros((3, 3, 8, 16))
+  lowered = jax.jit(
+    lambda x: convolution.convolve_by_products(x, kernel, 1, 12)
+  ).lower(x)
+  products = 2 * 8 * 16 * (17 + 2 * 5) ** 2
+  # Beside them the sums of nine parts, and a few indices.
+  sums = 8 * 17 * 17 * 16 + 100
+  assert products <= lowered.cost_analysis()["flops"] <= products + sums
+
+
+def test_only_large_convolutions_run_as_products():
+  kernel = jnp.zeros((1, 1, 256, 512))
+
+  def is_convolution(size):
+    x = jnp.zeros((1, size, size, 256))
+    jaxpr = jax.make_jaxpr(lambda x: convolution.convolve(x, kernel, 1, 1))(x)
+    return "conv_general_dilated" in str(jaxpr)
+
+  # 2**17 multiplications a pixel: worth it from 256 pixels on.
+  with convolution.products(True):
+    assert [is_convolution(size) for size in (15, 16)] == [True, False]
+  assert is_convolution(16)
+
+
+def test_network_with_products_is_the_same_network(monkeypatch):
+  monkeypatch.setattr(convolution, "_WORTH_PRODUCTS", 0)
+  images = jax.random.normal(jax.random.key(0), (2, 65, 65, 3))
+  model = DeepLab(5, backbone="tiny", auxiliary=True, rep_features=16)
+  variables = model.init(jax.random.key(1), images, train=False)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def loss_and_gradient(model, params):
+    def loss(params):
+      outputs, _ = model.apply(
+        variables | {"params": params},
+        images,
+        train=True,
+        mutable=["batch_stats"],
+        rngs={"dropout": jax.random.key(2)},
+      )
+      return sum((x**2).mean() for x in outputs)
+
+    return jax.value_and_grad(loss)(params)
+
+  expected = loss_and_gradient(model, variables["params"])
+  found = loss_and_gradient(
+    model.clone(conv_products=True), variables["params"]
+  )
+  np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+  # Relative to the largest: biases before a norm have no gradient but rounding.
+  largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected[1]))
+  for ours, theirs in zip(
+    jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True
+  ):
+    np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-4 * largest)
 
 
 def test_dropout_drops_whole_channels_in_training_only():

@@ -249,7 +249,7 @@ def test_a_package_that_is_broken_says_why(tmp_path, monkeypatch):
 
 
 def test_refused_before_anything_is_read(tmp_path, monkeypatch, no_wandb):
-  def build(*_):
+  def build(*_, **__):
     raise AssertionError("must not get this far")
 
   monkeypatch.setattr(train, "build", build)

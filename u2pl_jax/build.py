@@ -101,8 +101,18 @@ class Program:
   create_state: Callable[[], TrainState]
 
 
-def make_model(config: ml_collections.ConfigDict, num_classes: int) -> DeepLab:
-  """The network of student and teacher."""
+def runs_on_one_cpu() -> bool:
+  """Whether what this process computes runs on a single CPU device."""
+  return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
+def make_model(
+  config: ml_collections.ConfigDict,
+  num_classes: int,
+  *,
+  for_one_cpu: bool = False,
+) -> DeepLab:
+  """The network of student and teacher; `for_one_cpu` as in `build`."""
   model = config.model
   return DeepLab(
     num_classes=num_classes,
@@ -117,6 +127,7 @@ def make_model(config: ml_collections.ConfigDict, num_classes: int) -> DeepLab:
     dropout=model.dropout,
     remat=model.remat,
     dtype=jnp.dtype(model.dtype),
+    conv_products=for_one_cpu,
   )
 
 
@@ -301,6 +312,7 @@ def build(
   data: DataSpec,
   *,
   devices: Sequence[jax.Device] | None = None,
+  for_one_cpu: bool = False,
 ) -> Program:
   """Checks the config and prepares everything; compiles nothing yet.
 
@@ -308,6 +320,8 @@ def build(
     config: complete.
     data: of the data set.
     devices: all by default.
+    for_one_cpu: take what is fastest there, to rounding the same. Not for what
+      only stands for an accelerator (its memory, what its devices send).
 
   Returns:
     `Program`.
@@ -319,7 +333,7 @@ def build(
   check_config(
     config, num_classes=data.num_classes, num_devices=mesh.devices.size
   )
-  model = make_model(config, data.num_classes)
+  model = make_model(config, data.num_classes, for_one_cpu=for_one_cpu)
   recipe = make_recipe(config, data)
   optimizer = config.optimizer
   learning_rate = make_learning_rate(config, recipe.total_steps)

@@ -34,11 +34,13 @@ def export_stablehlo(
   """
   info = trained.info
   variables = jax.tree.map(jnp.asarray, trained.variables)
+  # Wherever it runs: not as this machine would run it.
+  model = trained.model.clone(conv_products=False)
 
   def segment(images: jax.Array) -> jax.Array:
     box = jnp.array((0, 0, *shape), jnp.int32)
     logits = predict_logits(
-      trained.model,
+      model,
       variables,
       images,
       jnp.broadcast_to(box, (images.shape[0], 4)),

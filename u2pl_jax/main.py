@@ -23,6 +23,7 @@ from input_pipeline.command_line import (
   parse_flags,
 )
 from u2pl_jax import preemption as preemption_lib
+from u2pl_jax.xla_flags import set_xla_flags
 
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run. Default: runs/<config.name>."
@@ -33,6 +34,7 @@ _PROCESSES = define_processes()
 def main(_: list[str]) -> None:
   preemption = preemption_lib.Preemption()
   preemption.install()
+  set_xla_flags()
   # The program's own lines, and of the libraries it uses only warnings.
   absl_logging.set_verbosity(absl_logging.WARNING)
   logger, handler = logging.getLogger("u2pl_jax"), logging.StreamHandler()

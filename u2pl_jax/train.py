@@ -36,6 +36,7 @@ from u2pl_jax.build import (
   abstract_state,
   base_learning_rate,
   build,
+  runs_on_one_cpu,
 )
 from u2pl_jax.checkpoint import Checkpoints, Meta
 from u2pl_jax.clock import Clock, StallWarning, duration
@@ -147,6 +148,7 @@ def train_and_evaluate(
       std=info.std,
       num_unlabelled=len(data.unlabelled),
     ),
+    for_one_cpu=runs_on_one_cpu(),
   )
   abstract = abstract_state(config, program)
   log_head(config, workdir, program, data, abstract)

@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from input_pipeline import DatasetInfo
 from input_pipeline.dataset_config import load_info
-from u2pl_jax.build import make_model
+from u2pl_jax.build import make_model, runs_on_one_cpu
 from u2pl_jax.checkpoint import read_checkpoint
 from u2pl_jax.models import torch_weights
 from u2pl_jax.models.deeplab import DeepLab
@@ -140,7 +140,9 @@ def _from_workdir(
       f"{workdir}: at step {stored.meta.step} the teacher has had no update, it"
       " is no more than the initial weights: take the student, or a later step"
     )
-  model = make_model(own_config, info.num_classes)
+  model = make_model(
+    own_config, info.num_classes, for_one_cpu=runs_on_one_cpu()
+  )
   prefix = chosen + "/"
   arrays = {
     name.removeprefix(prefix): array
@@ -175,7 +177,7 @@ def _from_file(
       " give the config too, for example --config=configs/voc_1464.py"
     )
   info = load_info(config.dataset)
-  model = make_model(config, info.num_classes)
+  model = make_model(config, info.num_classes, for_one_cpu=runs_on_one_cpu())
   pretrained = read_pretrained(path, network=weights)
   check_pretrained(pretrained, model)
   found = pretrained.description

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from u2pl_jax.models import convolution
 from u2pl_jax.models.layers import BatchNorm, Conv, Dtype, resize_bilinear
 from u2pl_jax.models.resnet import BACKBONES, ResNet, ResNetSpec
 
@@ -202,6 +203,8 @@ class DeepLab(nn.Module):
     dropout: probability of dropping a channel in the heads.
     remat: recompute the encoder's blocks in the backward pass.
     dtype: compute type of the convolutions.
+    conv_products: run large convolutions as matrix products, for a CPU; see
+      `convolution.convolve_by_products`.
   """
 
   num_classes: int
@@ -217,6 +220,7 @@ class DeepLab(nn.Module):
   dropout: float = 0.1
   remat: bool = False
   dtype: Dtype = jnp.float32
+  conv_products: bool = False
 
   @nn.compact
   def __call__(self, images: Array, *, train: bool) -> Outputs:
@@ -243,33 +247,34 @@ class DeepLab(nn.Module):
       )
     if self.head not in HEADS:
       raise ValueError(f"model.head={self.head!r}: choose one of {list(HEADS)}")
-    stages = ResNet(
-      spec,
-      stem=self.stem,
-      output_stride=self.output_stride,
-      multi_grid=self.multi_grid,
-      zero_init_residual=self.zero_init_residual,
-      remat=self.remat,
-      dtype=self.dtype,
-      name="encoder",
-    )(images.astype(self.dtype), train=train)
-    logits, reps = Decoder(
-      head=self.head,
-      num_classes=self.num_classes,
-      features=spec.head_width,
-      rep_features=self.rep_features,
-      rates=self.aspp_rates,
-      dropout=self.dropout,
-      dtype=self.dtype,
-      name="decoder",
-    )(stages, train=train)
-    aux_logits = None
-    if self.auxiliary:
-      aux_logits = AuxiliaryHead(
+    with convolution.products(self.conv_products):
+      stages = ResNet(
+        spec,
+        stem=self.stem,
+        output_stride=self.output_stride,
+        multi_grid=self.multi_grid,
+        zero_init_residual=self.zero_init_residual,
+        remat=self.remat,
+        dtype=self.dtype,
+        name="encoder",
+      )(images.astype(self.dtype), train=train)
+      logits, reps = Decoder(
+        head=self.head,
         num_classes=self.num_classes,
         features=spec.head_width,
+        rep_features=self.rep_features,
+        rates=self.aspp_rates,
         dropout=self.dropout,
         dtype=self.dtype,
-        name="auxor",
-      )(stages[2], train=train)
+        name="decoder",
+      )(stages, train=train)
+      aux_logits = None
+      if self.auxiliary:
+        aux_logits = AuxiliaryHead(
+          num_classes=self.num_classes,
+          features=spec.head_width,
+          dropout=self.dropout,
+          dtype=self.dtype,
+          name="auxor",
+        )(stages[2], train=train)
     return Outputs(logits, reps, aux_logits)

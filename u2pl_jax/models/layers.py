@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from u2pl_jax.models.convolution import convolve
+
 Array = jax.Array
 Dtype = jnp.dtype
 
@@ -63,14 +65,11 @@ class Conv(nn.Module):
       (size, size, in_features, self.features),
       jnp.float32,
     )
-    padding = self.dilation * (size - 1) // 2
-    y = jax.lax.conv_general_dilated(
+    y = convolve(
       x.astype(self.dtype),
       kernel.astype(self.dtype),
-      (self.stride, self.stride),
-      ((padding, padding), (padding, padding)),
-      rhs_dilation=(self.dilation, self.dilation),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      self.stride,
+      self.dilation,
     )
     if self.use_bias:
       fan_in = in_features * size**2

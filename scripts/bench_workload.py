@@ -1,0 +1,389 @@
+"""What the benchmarks of the step share: presets, data, rates of a device."""
+
+import dataclasses
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from u2pl_jax.xla_flags import set_xla_flags
+
+set_xla_flags()
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from absl import flags
+
+from configs import cityscapes_744, common, voc_1464
+from u2pl_jax import build as build_lib
+from u2pl_jax import ema, roofline
+from u2pl_jax.memory_bank import MemoryBank
+from u2pl_jax.models.deeplab import Outputs
+from u2pl_jax.models.layers import resize_bilinear, resize_nearest
+from u2pl_jax.train_state import TrainState, Variables
+
+Array = jax.Array
+Batch = dict[str, np.ndarray]
+
+# Flags that the benchmarks share.
+PRESETS = ("cpu-mid", "voc", "cityscapes")
+PRESET = flags.DEFINE_enum("preset", "cpu-mid", PRESETS, "What is timed.")
+SIZES = flags.DEFINE_multi_integer(
+  "size", [], "Crop size, if not the preset's; may be repeated."
+)
+BATCH = flags.DEFINE_integer(
+  "batch", 0, "Labelled images, and as many unlabelled; 0 for the preset's."
+)
+REPEATS = flags.DEFINE_integer("repeats", 10, "Timed runs.", lower_bound=1)
+JSON = flags.DEFINE_string("json", None, "Also write the numbers here.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """What is timed; `config` is complete."""
+
+  preset: str
+  config: ml_collections.ConfigDict
+  num_classes: int
+
+  @property
+  def crop(self) -> tuple[int, int]:
+    return tuple(self.config.input.crop_size)
+
+  @property
+  def name(self) -> str:
+    batch, model = self.config.batch, self.config.model
+    parts = batch.microbatches
+    return (
+      f"{self.preset}: {model.backbone}, {model.dtype},"
+      f" {batch.labelled}+{batch.unlabelled} images of"
+      f" {self.crop[0]}x{self.crop[1]}"
+      + (f" in {parts} micro-batches" if parts > 1 else "")
+      + (", remat" if model.remat else "")
+      + f", {self.num_classes} classes"
+    )
+
+
+def _config(preset: str) -> tuple[ml_collections.ConfigDict, int]:
+  if preset == "voc":
+    config, num_classes = voc_1464.get_config(), 21
+  elif preset == "cityscapes":
+    config, num_classes = cityscapes_744.get_config(), 19
+  else:
+    config, num_classes = common.get_base_config(), 21
+    config.model.backbone = "resnet50"
+    config.batch.labelled = config.batch.unlabelled = 2
+    config.input.crop_size = (129, 129)
+  if preset != "cpu-mid":
+    config.model.dtype = "bfloat16"
+  return config, num_classes
+
+
+def chosen_cases(**kwargs: Any) -> list[Case]:
+  """`cases` that the flags ask for."""
+  return cases(PRESET.value, sizes=SIZES.value, batch=BATCH.value, **kwargs)
+
+
+def cases(
+  preset: str,
+  *,
+  sizes: Sequence[int] = (),
+  batch: int = 0,
+  microbatches: int = 0,
+  remat: bool = False,
+) -> list[Case]:
+  """The cases of a preset.
+
+  Args:
+    preset: one of `PRESETS`.
+    sizes: crop sizes; the preset's if empty, which are 129 and 257 of cpu-mid.
+    batch: labelled images, and as many unlabelled ones; 0 for the preset's.
+    microbatches: 0 for the preset's.
+    remat: recompute the encoder's blocks.
+  """
+  if not sizes:
+    sizes = (129, 257) if preset == "cpu-mid" else (0,)
+  result = []
+  for size in sizes:
+    config, num_classes = _config(preset)
+    if size:
+      config.input.crop_size = (size, size)
+    if batch:
+      config.batch.labelled = config.batch.unlabelled = batch
+    if microbatches:
+      config.batch.microbatches = microbatches
+    config.model.remat = remat
+    config.schedule.warmup_epochs = 0
+    # Without training all probabilities are about 1 / k: with the published
+    # bounds there would be no anchor, and nothing to contrast.
+    config.contrastive.anchor_min_probability = 0.0
+    result.append(Case(preset, config, num_classes))
+  return result
+
+
+def build(case: Case) -> build_lib.Program:
+  """The program of a case."""
+  return build_lib.build(
+    case.config,
+    build_lib.DataSpec(
+      case.num_classes, (123.7, 116.3, 103.5), (58.4, 57.1, 57.4), 1000
+    ),
+    devices=jax.devices()[:1],
+    for_one_cpu=build_lib.runs_on_one_cpu(),
+  )
+
+
+def random_labels(
+  rng: np.random.Generator, case: Case, number: int
+) -> np.ndarray:
+  """[b, h, w] uint8: blocks, so that the feature grid sees every class."""
+  coarse = rng.integers(0, case.num_classes, (number, 16, 16), dtype=np.uint8)
+  return np.array(resize_nearest(jnp.asarray(coarse), case.crop))
+
+
+def random_batches(case: Case, rng: np.random.Generator) -> tuple[Batch, Batch]:
+  """Labelled and unlabelled half in the form of the input pipeline."""
+  height, width = case.crop
+
+  def half(number: int) -> Batch:
+    shape = (number, height, width, 3)
+    box = np.asarray([[0, 0, height, width]], np.int32)
+    return {
+      "image": rng.integers(0, 256, shape, dtype=np.uint8),
+      "valid_box": np.repeat(box, number, axis=0),
+    }
+
+  labelled, unlabelled = (
+    half(case.config.batch[name]) for name in ("labelled", "unlabelled")
+  )
+  labelled["label"] = random_labels(rng, case, len(labelled["image"]))
+  return labelled, unlabelled
+
+
+def full(bank: MemoryBank, seed: int = 0) -> MemoryBank:
+  """The bank with every queue full of random keys."""
+  keys = jax.random.normal(
+    jax.random.key(seed), bank.keys.shape, bank.keys.dtype
+  )
+  return bank.replace(keys=keys, count=jnp.asarray(bank.capacities, jnp.int32))
+
+
+class Tables:
+  """A network whose outputs are its parameters.
+
+  In the place of `model` in a training step it leaves all that is not the
+  network: the gradient of the parameters is that of the outputs.
+  """
+
+  def apply(
+    self,
+    variables: dict[str, Any],
+    images: Array,
+    *,
+    train: bool,
+    mutable: Sequence[str] = (),
+    rngs: dict[str, Array] | None = None,
+  ) -> Any:
+    """See `DeepLab`; what it needs no image for, it does not read."""
+    del images, mutable, rngs
+    params = variables["params"]
+    outputs = Outputs(
+      params["logits"], params["reps"], params.get("aux_logits")
+    )
+    if train:
+      return outputs, {"batch_stats": variables["batch_stats"]}
+    # Only the pass over clean images runs so.
+    return outputs._replace(logits=params["clean_logits"])
+
+
+def _keep_gradients() -> optax.GradientTransformation:
+  """Changes nothing, and has the gradients as its state: they are computed."""
+  return optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads),
+  )
+
+
+def random_outputs(case: Case, rng: np.random.Generator) -> dict[str, Array]:
+  """What a network trained a little might give: parameters of `Tables`."""
+  config, num_classes = case.config, case.num_classes
+  shapes = roofline.describe(
+    build_lib.make_model(config, num_classes), case.crop
+  ).outputs
+  labelled, unlabelled = config.batch.labelled, config.batch.unlabelled
+
+  def logits(shape: tuple[int, ...], number: int) -> Array:
+    labels = resize_nearest(random_labels(rng, case, number), shape[1:3])
+    one_hot = labels[..., None] == np.arange(num_classes)
+    noise = rng.standard_normal((number, *shape[1:]), dtype=np.float32)
+    return jnp.asarray(noise + 4 * one_hot)
+
+  grid = shapes.reps.shape[1:]
+  reps = rng.standard_normal((labelled + unlabelled, *grid), dtype=np.float32)
+  outputs = {
+    "logits": logits(shapes.logits.shape, labelled + unlabelled),
+    "clean_logits": logits(shapes.logits.shape, unlabelled),
+    "reps": jnp.asarray(reps),
+  }
+  if shapes.aux_logits is not None:
+    outputs["aux_logits"] = logits(
+      shapes.aux_logits.shape, labelled + unlabelled
+    )
+  return outputs
+
+
+def outside_network(
+  case: Case,
+  program: build_lib.Program,
+  student: dict[str, Array],
+  teacher: dict[str, Array],
+) -> tuple[Callable, TrainState]:
+  """The semi-supervised step without its network, and a state for it.
+
+  The step is the trainer's own, forward and backward, with `Tables` in the
+  place of the networks. Beside what it is meant to show it averages the
+  outputs, as a step does with parameters: three passes over them.
+
+  Args:
+    case: of the program.
+    program: its recipe counts.
+    student, teacher: what the networks give, see `random_outputs`.
+
+  Returns:
+    (compiled on the first call `(state, labelled, unlabelled) -> (state,
+    metrics)`, state of the first step, which is donated).
+  """
+  tx = _keep_gradients()
+  _, step = build_lib.step_functions(
+    case.config, model=Tables(), tx=tx, recipe=program.recipe
+  )
+
+  def network(params: dict[str, Array]) -> Variables:
+    return Variables(jax.tree.map(jnp.copy, params), {})
+
+  state = TrainState(
+    # Not the first one, where the teacher becomes a copy of the student.
+    step=jnp.asarray(1, jnp.int32),
+    student=network(student),
+    teacher=network(teacher),
+    opt_state=tx.init(student),
+    memory_bank=full(build_lib.make_memory_bank(case.config, case.num_classes)),
+  )
+  return jax.jit(step, donate_argnums=0), state
+
+
+def phases(
+  case: Case, program: build_lib.Program, state: TrainState
+) -> dict[str, tuple[Callable, tuple]]:
+  """The passes of the networks: {name: (function, arguments)}, not compiled."""
+  model, crop = program.model, case.crop
+  batch = case.config.batch
+  images = jax.random.normal(
+    jax.random.key(1), (batch.labelled + batch.unlabelled, *crop, 3)
+  )
+  student, teacher = state.student, state.teacher
+
+  def forward_train(params, batch_stats, images):
+    outputs, _ = model.apply(
+      {"params": params, "batch_stats": batch_stats},
+      images,
+      train=True,
+      mutable=["batch_stats"],
+      rngs={"dropout": jax.random.key(2)},
+    )
+    return outputs
+
+  def forward_eval(teacher, images):
+    logits = model.apply(teacher.for_apply(), images, train=False).logits
+    return resize_bilinear(logits, crop).argmax(-1).astype(jnp.uint8)
+
+  def backward(params, batch_stats, images):
+    def scalar(params):
+      outputs = forward_train(params, batch_stats, images)
+      return sum(x.sum() for x in jax.tree.leaves(outputs))
+
+    return jax.grad(scalar)(params)
+
+  def update(params, opt_state, teacher_params):
+    grads = jax.tree.map(lambda x: x * 1e-3, params)
+    updates, opt_state = program.tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return params, opt_state, ema.ema_update(teacher_params, params, 0.99)
+
+  return {
+    "teacher, clean images": (
+      forward_eval,
+      (teacher, images[: batch.unlabelled]),
+    ),
+    "teacher, strong view": (
+      forward_train,
+      (teacher.params, teacher.batch_stats, images),
+    ),
+    "student, both ways": (
+      backward,
+      (student.params, student.batch_stats, images),
+    ),
+    "optimiser and average": (
+      update,
+      (student.params, state.opt_state, teacher.params),
+    ),
+  }
+
+
+def median_ms(run: Callable[..., Any], repeats: int, *args: Any) -> float:
+  """Median of `repeats` calls with `args`, after two that do not count."""
+  samples = []
+  for _ in range(2 + repeats):
+    begin = time.perf_counter()
+    jax.block_until_ready(run(*args))
+    samples.append(time.perf_counter() - begin)
+  return 1e3 * statistics.median(samples[2:])
+
+
+def step_ms(
+  step: Callable, state: TrainState, batches: tuple, repeats: int
+) -> tuple[float, TrainState]:
+  """Median of a step that donates its state; and the last state."""
+
+  def run() -> Any:
+    nonlocal state
+    state, metrics = step(state, *batches)
+    return state, metrics
+
+  return median_ms(run, repeats), state
+
+
+def measured_device(dtype: str) -> roofline.Device:
+  """The device that runs this, with the rates of large products and copies."""
+  on_cpu = jax.default_backend() == "cpu"
+  size = 2048 if on_cpu else 8192
+  a = jnp.ones((size, size), jnp.dtype(dtype))
+  product = jax.jit(jnp.matmul).lower(a, a).compile()
+  flops = 2 * size**3 / (1e-3 * median_ms(product, 5, a, a))
+  x = jnp.zeros((64 if on_cpu else 1024) * 2**20 // 4)
+  copy = jax.jit(lambda x: x + 1).lower(x).compile()
+  num_bytes = 2 * x.nbytes / (1e-3 * median_ms(copy, 5, x))
+  return roofline.Device(
+    jax.devices()[0].device_kind,
+    {dtype: flops / 1e12},
+    num_bytes / 1e12,
+    f"measured: products of {size}x{size}, copies of {x.nbytes >> 20} MiB",
+    reach=1.0,
+    reach_bytes=1.0,
+  )
+
+
+def device_line(device: roofline.Device, dtype: str) -> str:
+  """What ran, and its rates, as one line."""
+  return (
+    f"{device.name}, jax {jax.__version__}: {device.rate(dtype) / 1e12:.3g}"
+    f" TFLOP/s in {dtype}, {device.byte_rate / 1e9:.3g} GB/s"
+    f" ({device.source})"
+  )
