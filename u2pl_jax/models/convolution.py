@@ -108,58 +108,69 @@ def _kernel_gradient(
   x: Array, grad: Array, size: int, stride: int, dilation: int
 ) -> Array:
   """[size, size, c, f]: for each kernel element a sum of outer products."""
-  # The compiler transposes the first factor, slowly: that should be the one
-  # with fewer channels.
-  if x.shape[-1] > grad.shape[-1]:
-    swapped = _sums_of_outer_products(grad, x, size, stride, dilation, -1)
-    return swapped.swapaxes(2, 3)
-  return _sums_of_outer_products(x, grad, size, stride, dilation, 1)
-
-
-def _sums_of_outer_products(
-  first: Array,
-  second: Array,
-  size: int,
-  stride: int,
-  dilation: int,
-  direction: int,
-) -> Array:
-  """Of an input and an output (direction 1) or an output and an input (-1)."""
-  x, y = (first, second) if direction == 1 else (second, first)
-  batch, height, width, _ = x.shape
+  _, height, width, channels = x.shape
   reach = dilation * (size // 2)
-  pixels = (height + reach) * (width + reach)
-  elements = range(size)
-  if size > 1 and stride == 1 and pixels <= 1.2 * height * width:
-    # All images as one row of pixels, with as many zeros behind each line and
-    # image as the kernel reaches: then an element is a shift of the whole, and
-    # the first factor is transposed once for all of them.
-    padding = ((0, 0), (0, reach), (0, reach), (0, 0))
-    flat_first, flat_second = (
-      jnp.pad(array, padding).reshape(batch * pixels, -1)
-      for array in (first, second)
-    )
-    largest = reach * (width + reach + 1)
-    flat_second = jnp.pad(flat_second, ((largest, largest), (0, 0)))
-    sums = []
-    for row in elements:
-      for col in elements:
-        shift = (row - size // 2) * (width + reach) + (col - size // 2)
-        begin = largest - direction * dilation * shift
-        part = flat_second[begin : begin + batch * pixels]
-        sums.append(jnp.einsum("pc,pf->cf", flat_first, part))
-    return jnp.stack(sums).reshape(size, size, *sums[0].shape)
-
-  result = jnp.zeros((size, size, first.shape[-1], second.shape[-1]), x.dtype)
+  padded = (height + reach) * (width + reach)
+  if size > 1 and stride == 1 and padded <= _WORTH_PADDING * height * width:
+    return _kernel_gradient_by_shifts(x, grad, size, dilation)
+  result = jnp.zeros((size, size, channels, grad.shape[-1]), x.dtype)
   for rows in _taps(height, size, stride, dilation):
     for cols in _taps(width, size, stride, dilation):
       seen = x[:, rows.source, cols.source]
-      seeing = y[:, rows.target, cols.target]
-      pair = (seen, seeing) if direction == 1 else (seeing, seen)
+      by = grad[:, rows.target, cols.target]
       result = result.at[rows.element, cols.element].set(
-        jnp.einsum("bhwc,bhwf->cf", *pair)
+        _sum_of_outer_products(
+          seen.reshape(-1, channels), by.reshape(-1, by.shape[-1])
+        )
       )
   return result
+
+
+def _sum_of_outer_products(x: Array, y: Array) -> Array:
+  """[p, c] and [p, f] -> [c, f]."""
+  # The compiler transposes the first factor, slowly: that should be the one
+  # with fewer channels.
+  if x.shape[-1] <= y.shape[-1]:
+    return jnp.einsum("pc,pf->cf", x, y)
+  return jnp.einsum("pf,pc->fc", y, x).T
+
+
+# How many times the pixels the padding may make of them below.
+_WORTH_PADDING = 1.2
+
+
+def _kernel_gradient_by_shifts(
+  x: Array, grad: Array, size: int, dilation: int
+) -> Array:
+  """`_kernel_gradient` of stride 1, with one transposition for all elements.
+
+  All images become one row of pixels, with as many zeros behind each line and
+  each image as the kernel reaches: then what an element sees is the whole row,
+  shifted, and the factor that is not shifted is the same for all.
+  """
+  reach = dilation * (size // 2)
+  line = x.shape[2] + reach
+  # More than any shift, so that every shifted row is a slice.
+  margin = reach * (line + 1)
+
+  def row_of_pixels(array: Array) -> Array:
+    padding = ((0, 0), (0, reach), (0, reach), (0, 0))
+    return jnp.pad(array, padding).reshape(-1, array.shape[-1])
+
+  x, grad = row_of_pixels(x), row_of_pixels(grad)
+  # The wider one is shifted; see `_sum_of_outer_products`.
+  shift_input = x.shape[-1] > grad.shape[-1]
+  fixed, shifted = (grad, x) if shift_input else (x, grad)
+  shifted = jnp.pad(shifted, ((margin, margin), (0, 0)))
+  sums = []
+  for row in range(size):
+    for col in range(size):
+      shift = dilation * ((row - size // 2) * line + (col - size // 2))
+      begin = margin + shift if shift_input else margin - shift
+      part = shifted[begin : begin + len(fixed)]
+      product = jnp.einsum("pc,pf->cf", fixed, part)
+      sums.append(product.T if shift_input else product)
+  return jnp.stack(sums).reshape(size, size, *sums[0].shape)
 
 
 convolve_by_products.defvjp(_forward_and_saved, _backward)
