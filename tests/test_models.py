@@ -148,28 +148,46 @@ def test_resize_nearest_is_torchs_floor_rule():
   ]  # fmt: skip
 
 
-@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(
-  "kernel_size, dilation", [(1, 1), (3, 1), (3, 2), (3, 4), (3, 9), (5, 3)]
+  "size, features, kernel_size, dilation",
+  [
+    ((9, 8), 4, 1, 1),
+    ((9, 8), 4, 3, 1),
+    ((9, 8), 4, 3, 2),
+    # Some elements of the kernel see nothing of the image.
+    ((9, 8), 4, 3, 8),
+    ((9, 8), 4, 3, 9),
+    ((9, 8), 4, 5, 3),
+    # More outputs than inputs: the other form of the kernel's gradient.
+    ((9, 8), 12, 1, 1),
+    ((9, 8), 12, 3, 4),
+    # Large enough for its gradient by shifts.
+    ((24, 20), 4, 3, 1),
+    ((24, 20), 4, 3, 2),
+    ((24, 20), 12, 3, 1),
+    ((24, 20), 12, 5, 1),
+  ],
 )
-# More inputs than outputs, and fewer: two forms of the kernel's gradient.
-@pytest.mark.parametrize("features", [4, 12])
-# Of the last one the kernel's gradient is found by shifts.
-@pytest.mark.parametrize("size", [(8, 5), (9, 9), (24, 20)])
+@pytest.mark.parametrize("stride", [1, 2])
 def test_convolution_by_products(size, features, kernel_size, dilation, stride):
   """Against XLA's convolution, forward and both gradients."""
   keys = jax.random.split(jax.random.key(0), 3)
   x = jax.random.normal(keys[0], (2, *size, 6))
   kernel = jax.random.normal(keys[1], (kernel_size, kernel_size, 6, features))
-
-  def run(function, grad):
-    y, vjp = jax.vjp(lambda *args: function(*args, stride, dilation), x, kernel)
-    return y, *vjp(grad)
-
-  shape = convolution.convolve(x, kernel, stride, dilation).shape
+  shape = (2, *(-(-length // stride) for length in size), features)
   grad = jax.random.normal(keys[2], shape)
-  expected = run(convolution.convolve, grad)
-  found = run(convolution.convolve_by_products, grad)
+
+  @jax.jit
+  def run(x, kernel, grad):
+    results = []
+    for function in (convolution.convolve, convolution.convolve_by_products):
+      y, vjp = jax.vjp(
+        lambda *args, f=function: f(*args, stride, dilation), x, kernel
+      )
+      results.append((y, *vjp(grad)))
+    return results
+
+  expected, found = run(x, kernel, grad)
   for ours, theirs in zip(found, expected, strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
