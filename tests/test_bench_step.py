@@ -122,6 +122,7 @@ def test_presets(workload):
   assert "8+8 images of 513x513 in 4 micro-batches, remat" in small.name
 
 
+@pytest.mark.slow
 def test_the_table_of_a_step(workload, case):
   import bench_step
 
