@@ -1,5 +1,6 @@
 """A network as a file that runs without this package."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -12,6 +13,9 @@ import pytest
 from PIL import Image
 
 from u2pl_jax import predict
+from u2pl_jax.export import export_stablehlo
+from u2pl_jax.models import convolution
+from u2pl_jax.trained import load_trained
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
@@ -36,6 +40,20 @@ def exported(trained_run, tmp_path_factory):
   ]
   assert predict.main(arguments) == 0
   return folder
+
+
+def test_an_export_is_not_made_for_this_cpu(trained_run, monkeypatch):
+  monkeypatch.setattr(convolution, "_WORTH_PRODUCTS", 0)
+  trained = load_trained(trained_run.workdir)
+  assert trained.model.conv_products
+  neutral = dataclasses.replace(
+    trained, model=trained.model.clone(conv_products=False)
+  )
+  exported = [
+    export_stablehlo(x, (33, 33)).mlir_module_serialized
+    for x in (trained, neutral)
+  ]
+  assert exported[0] == exported[1]
 
 
 def images(number, seed=0):

@@ -234,7 +234,7 @@ def test_no_activation_is_kept():
 
     def run(variables, images, key):
       def forward(params):
-        outputs, _ = train_step._forward_train(
+        outputs, _ = train_step.forward_train(
           model,
           params,
           variables["batch_stats"],
@@ -273,7 +273,7 @@ def run_norm(x):
   model = _Norm()
   variables = model.init(jax.random.key(0), x, train=False)
   forward = functools.partial(
-    train_step._forward_train,
+    train_step.forward_train,
     model,
     batch_stats=variables["batch_stats"],
     images=x,

@@ -207,14 +207,17 @@ def test_products_are_only_of_what_is_on_the_image():
 def test_only_large_convolutions_run_as_products():
   kernel = jnp.zeros((1, 1, 256, 512))
 
-  def is_convolution(size):
-    x = jnp.zeros((1, size, size, 256))
-    jaxpr = jax.make_jaxpr(lambda x: convolution.convolve(x, kernel, 1, 1))(x)
+  def is_convolution(size, dtype=jnp.float32):
+    x = jnp.zeros((1, size, size, 256), dtype)
+    jaxpr = jax.make_jaxpr(
+      lambda x: convolution.convolve(x, kernel.astype(dtype), 1, 1)
+    )(x)
     return "conv_general_dilated" in str(jaxpr)
 
   # 2**17 multiplications a pixel: worth it from 256 pixels on.
   with convolution.products(True):
     assert [is_convolution(size) for size in (15, 16)] == [True, False]
+    assert is_convolution(16, jnp.bfloat16)
   assert is_convolution(16)
 
 

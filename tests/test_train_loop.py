@@ -557,6 +557,19 @@ def no_build(monkeypatch):
   monkeypatch.setattr(train, "build", build)
 
 
+def test_one_cpu_trains_with_what_is_fastest_there(root, tmp_path, monkeypatch):
+  class Seen(Exception):
+    pass
+
+  def build(*_, for_one_cpu):
+    raise Seen(for_one_cpu)
+
+  monkeypatch.setattr(train, "build", build)
+  with pytest.raises(Seen) as info:
+    train.train_and_evaluate(make_config(root), tmp_path / "run")
+  assert info.value.args == (True,)
+
+
 @pytest.fixture
 def own_root(root, tmp_path):
   shutil.copytree(root, tmp_path / "own")

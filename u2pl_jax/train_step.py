@@ -129,7 +129,7 @@ class UnlabelledBatch:
   valid_box: Array
 
 
-def _forward_eval(
+def forward_eval(
   model: nn.Module, network: Variables, images: Array, microbatches: int
 ):
   """Forward pass with running statistics, by micro-batches."""
@@ -146,7 +146,7 @@ def _forward_eval(
   return jax.tree.map(lambda x: halves.whole_batch(x, groups), outputs)
 
 
-def _forward_train(
+def forward_train(
   model: nn.Module,
   params: Any,
   batch_stats: Any,
@@ -228,12 +228,13 @@ def _supervised_loss(
   return total
 
 
-def _apply_gradients(
+def apply_gradients(
   state: TrainState,
   grads: Any,
   batch_stats: Any,
   tx: optax.GradientTransformation,
 ) -> tuple[Variables, optax.OptState]:
+  """The student after an update, with these running statistics."""
   updates, opt_state = tx.update(grads, state.opt_state, state.student.params)
   params = optax.apply_updates(state.student.params, updates)
   return Variables(params, batch_stats), opt_state
@@ -263,15 +264,15 @@ def supervised_step(
   """
   images = normalise(batch.image, batch.valid_box, recipe.mean, recipe.std)
   labels = batch.label.astype(jnp.int32)
-  forward_train = functools.partial(
-    _forward_train,
+  run_train = functools.partial(
+    forward_train,
     model,
     groups=len(images),
     microbatches=recipe.microbatches,
   )
 
   def loss_fn(params):
-    outputs, batch_stats = forward_train(
+    outputs, batch_stats = run_train(
       params, state.student.batch_stats, images, draws.student_dropout
     )
     loss = _supervised_loss(outputs.logits, outputs.aux_logits, labels, recipe)
@@ -280,12 +281,12 @@ def supervised_step(
   (sup_loss, (batch_stats, outputs)), grads = jax.value_and_grad(
     loss_fn, has_aux=True
   )(state.student.params)
-  student, opt_state = _apply_gradients(state, grads, batch_stats, tx)
+  student, opt_state = apply_gradients(state, grads, batch_stats, tx)
 
   teacher, t_out = state.teacher, None
   if "teacher_cold_start" in recipe.quirks:
     # Only its batch statistics move, by a forward pass of its own weights.
-    t_out, teacher_stats = forward_train(
+    t_out, teacher_stats = run_train(
       teacher.params, teacher.batch_stats, images, draws.teacher_dropout
     )
     teacher = teacher.replace(batch_stats=teacher_stats)
@@ -340,15 +341,15 @@ def semi_supervised_step(
   labels_l = batch_l.label.astype(jnp.int32)
   progress = training_progress(state.step, recipe)
   teacher = _hand_over(state, recipe)
-  forward_train = functools.partial(
-    _forward_train,
+  run_train = functools.partial(
+    forward_train,
     model,
     groups=halves.num_groups(num_l, len(batch_u.image)),
     microbatches=recipe.microbatches,
   )
 
   # Pseudo labels: the teacher on clean images, running statistics.
-  clean = _forward_eval(model, teacher, images_u, recipe.microbatches)
+  clean = forward_eval(model, teacher, images_u, recipe.microbatches)
   probs = jax.nn.softmax(resize_bilinear(clean.logits, (height, width)))
   pseudo_labels = probs.argmax(-1).astype(jnp.int32)
   confidence = probs.max(-1)
@@ -395,7 +396,7 @@ def semi_supervised_step(
 
   # The teacher's second pass: strong view, batch statistics. It judges
   # reliability, and gives prototypes and negatives.
-  t_out, teacher_stats = forward_train(
+  t_out, teacher_stats = run_train(
     teacher.params, teacher.batch_stats, images, draws.teacher_dropout
   )
   _, t_logits_u = halves.separate(t_out.logits, num_l)
@@ -432,7 +433,7 @@ def semi_supervised_step(
   }
 
   def loss_fn(params):
-    outputs, batch_stats = forward_train(
+    outputs, batch_stats = run_train(
       params, state.student.batch_stats, student_images, draws.student_dropout
     )
     logits_l, logits_u = halves.separate(outputs.logits, num_l)
@@ -477,7 +478,7 @@ def semi_supervised_step(
     (total_loss, (sup_loss, unsup_loss, contrast, batch_stats, outputs)),
     grads,
   ) = jax.value_and_grad(loss_fn, has_aux=True)(state.student.params)
-  student, opt_state = _apply_gradients(state, grads, batch_stats, tx)
+  student, opt_state = apply_gradients(state, grads, batch_stats, tx)
 
   # The teacher follows.
   decay = ema.ema_decay(state.step - recipe.warmup_steps, recipe.ema_max_decay)

@@ -23,7 +23,8 @@ def convolve(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
   Returns:
     [b, ceil(h / stride), ceil(w / stride), f].
   """
-  if _AS_PRODUCTS.get():
+  # In a shorter type the parts would be rounded before they are added.
+  if _AS_PRODUCTS.get() and x.dtype.itemsize >= 4:
     pixels = x.shape[0] * -(-x.shape[1] // stride) * -(-x.shape[2] // stride)
     if pixels * kernel.shape[2] * kernel.shape[3] >= _WORTH_PRODUCTS:
       return convolve_by_products(x, kernel, stride, dilation)
