@@ -18,15 +18,14 @@ import bench_workload as workload  # isort: skip
 
 import copy
 import dataclasses
+import functools
 import sys
-import time
 
 import jax
-import numpy as np
 from absl import app, flags
 
 from input_pipeline.command_line import write_json
-from u2pl_jax import roofline, step_shapes
+from u2pl_jax import roofline
 
 _MICROBATCHES = flags.DEFINE_integer(
   "microbatches", 0, "config.batch.microbatches; 0 for the preset's."
@@ -40,40 +39,23 @@ class Row:
   """One line of the table.
 
   Attributes:
-    ms: median.
-    flops: of the phase's operations, by roofline.py.
+    timing: what was measured.
+    flops: of its operations, by roofline.py.
     floor_ms: at the measured rates.
-    compile_s: 0 if it was not compiled alone.
-    peak_bytes: of the compiled program; None where it says little.
   """
 
-  ms: float
+  timing: workload.Timing
   flops: float
   floor_ms: float
-  compile_s: float
-  peak_bytes: int | None = None
 
 
-def compiled(function, *args):
-  """(program, seconds to compile)."""
-  begin = time.perf_counter()
-  lowered = function.lower(*args)
-  return lowered.compile(), time.perf_counter() - begin
-
-
-def measure(case, device):
-  """{row: Row} of a case, the two steps last."""
+def measure(case, device, *, phases=True):
+  """{name: Row} of `workload.timings`."""
   config = case.config
-  rng = np.random.default_rng(0)
-  program = workload.build(case)
-  batches = workload.random_batches(case, rng)
-  batches = jax.device_put(batches)
-  counted = {
-    phase.name: [phase]
-    for phase in roofline.count(
-      config, num_classes=case.num_classes, num_devices=1
-    )
-  }
+  count = functools.partial(
+    roofline.count, num_classes=case.num_classes, num_devices=1
+  )
+  counted = {phase.name: [phase] for phase in count(config)}
   counted["semi-supervised step"] = [p for (p,) in counted.values()]
   counted["student, both ways"] = [
     *counted.pop("student, forward"),
@@ -81,47 +63,19 @@ def measure(case, device):
   ]
   alone = copy.deepcopy(config)
   alone.method = "supervised"
-  counted["supervised step"] = roofline.count(
-    alone, num_classes=case.num_classes, num_devices=1
-  )
+  counted["supervised step"] = count(alone)
 
   rows = {}
-
-  def add(name, ms, compile_s, peak_bytes=None):
+  for name, timing in workload.timings(case, phases=phases).items():
     total = roofline.cost(counted[name], device, config.model.dtype)
-    rows[name] = Row(
-      ms, total.flops, 1e3 * total.seconds, compile_s, peak_bytes
-    )
-
-  state = program.create_state()
-  state = state.replace(memory_bank=workload.full(state.memory_bank))
-  if _PHASES.value:
-    for name, (function, args) in workload.phases(case, program, state).items():
-      run, compile_s = compiled(jax.jit(function), *args)
-      add(
-        name, workload.median_ms(run, workload.REPEATS.value, *args), compile_s
-      )
-    step, tables = workload.outside_network(
-      case, program, *(workload.random_outputs(case, rng) for _ in range(2))
-    )
-    run, compile_s = compiled(step, tables, *batches)
-    ms, _ = workload.step_ms(run, tables, batches, workload.REPEATS.value)
-    add("outside the network", ms, compile_s)
-    del tables
-  for name, step, of in (
-    ("supervised step", program.supervised_step, batches[:1]),
-    ("semi-supervised step", program.semi_supervised_step, batches),
-  ):
-    run, compile_s = compiled(step, state, *of)
-    ms, state = workload.step_ms(run, state, of, workload.REPEATS.value)
-    add(name, ms, compile_s, step_shapes.peak_bytes(run))
+    rows[name] = Row(timing, total.flops, 1e3 * total.seconds)
   return rows
 
 
 def table(case, device, rows):
   """The rows as text, 80 columns wide."""
   dtype = case.config.model.dtype
-  step = rows["semi-supervised step"]
+  step = rows["semi-supervised step"].timing
   lines = [
     case.name,
     workload.device_line(device, dtype),
@@ -130,12 +84,12 @@ def table(case, device, rows):
     f"{'floor ms':>9}{'x':>6}{'compile':>9}",
   ]
   for name, row in rows.items():
-    rate = row.flops / (1e-3 * row.ms)
+    ms, rate = row.timing.ms, row.flops / (1e-3 * row.timing.ms)
     lines.append(
-      f"{name:<23}{row.ms:>9.1f}{row.ms / step.ms:>7.1%}"
+      f"{name:<23}{ms:>9.1f}{ms / step.ms:>7.1%}"
       f"{rate / 1e12:>9.3g}{rate / device.rate(dtype):>8.1%}"
-      f"{row.floor_ms:>9.1f}{row.ms / row.floor_ms:>6.1f}"
-      f"{row.compile_s:>7.1f} s"
+      f"{row.floor_ms:>9.1f}{ms / row.floor_ms:>6.1f}"
+      f"{row.timing.compile_s:>7.1f} s"
     )
   batch = case.config.batch
   images = batch.labelled + batch.unlabelled
@@ -160,13 +114,17 @@ def main(_):
     microbatches=_MICROBATCHES.value, remat=_REMAT.value
   ):
     device = workload.measured_device(case.config.model.dtype)
-    rows = measure(case, device)
+    rows = measure(case, device, phases=_PHASES.value)
     print(table(case, device, rows), end="\n\n", flush=True)
     result.append(
       {
         "case": case.name,
         "device": dataclasses.asdict(device),
-        "rows": {name: dataclasses.asdict(row) for name, row in rows.items()},
+        "rows": {
+          name: row.timing._asdict()
+          | {"flops": row.flops, "floor_ms": row.floor_ms}
+          for name, row in rows.items()
+        },
       }
     )
   if workload.JSON.value:

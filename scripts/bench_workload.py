@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -23,11 +23,12 @@ from absl import flags
 
 from configs import cityscapes_744, common, voc_1464
 from u2pl_jax import build as build_lib
-from u2pl_jax import ema, roofline
+from u2pl_jax import ema, halves, roofline, step_shapes
 from u2pl_jax.memory_bank import MemoryBank
 from u2pl_jax.models.deeplab import Outputs
 from u2pl_jax.models.layers import resize_bilinear, resize_nearest
 from u2pl_jax.train_state import TrainState, Variables
+from u2pl_jax.train_step import apply_gradients, forward_eval, forward_train
 
 Array = jax.Array
 Batch = dict[str, np.ndarray]
@@ -257,8 +258,8 @@ def outside_network(
     student, teacher: what the networks give, see `random_outputs`.
 
   Returns:
-    (compiled on the first call `(state, labelled, unlabelled) -> (state,
-    metrics)`, state of the first step, which is donated).
+    (jitted `(state, labelled, unlabelled) -> (state, metrics)`, a state for it,
+    which is donated).
   """
   tx = _keep_gradients()
   _, step = build_lib.step_functions(
@@ -279,62 +280,106 @@ def outside_network(
   return jax.jit(step, donate_argnums=0), state
 
 
-def phases(
+def _passes(
   case: Case, program: build_lib.Program, state: TrainState
 ) -> dict[str, tuple[Callable, tuple]]:
   """The passes of the networks: {name: (function, arguments)}, not compiled."""
-  model, crop = program.model, case.crop
-  batch = case.config.batch
-  images = jax.random.normal(
-    jax.random.key(1), (batch.labelled + batch.unlabelled, *crop, 3)
-  )
-  student, teacher = state.student, state.teacher
+  model, microbatches = program.model, program.recipe.microbatches
+  num_l, num_u = case.config.batch.labelled, case.config.batch.unlabelled
+  images = jax.random.normal(jax.random.key(1), (num_l + num_u, *case.crop, 3))
 
-  def forward_train(params, batch_stats, images):
-    outputs, _ = model.apply(
-      {"params": params, "batch_stats": batch_stats},
+  def clean_images(teacher: Variables, images: Array) -> Array:
+    logits = forward_eval(model, teacher, images, microbatches).logits
+    return resize_bilinear(logits, case.crop).argmax(-1).astype(jnp.uint8)
+
+  def strong_view(network: Variables, images: Array) -> Outputs:
+    outputs, _ = forward_train(
+      model,
+      network.params,
+      network.batch_stats,
       images,
-      train=True,
-      mutable=["batch_stats"],
-      rngs={"dropout": jax.random.key(2)},
+      jax.random.key(2),
+      groups=halves.num_groups(num_l, num_u),
+      microbatches=microbatches,
     )
     return outputs
 
-  def forward_eval(teacher, images):
-    logits = model.apply(teacher.for_apply(), images, train=False).logits
-    return resize_bilinear(logits, crop).argmax(-1).astype(jnp.uint8)
-
-  def backward(params, batch_stats, images):
-    def scalar(params):
-      outputs = forward_train(params, batch_stats, images)
+  def both_ways(student: Variables, images: Array) -> Any:
+    def scalar(params: Any) -> Array:
+      outputs = strong_view(student.replace(params=params), images)
       return sum(x.sum() for x in jax.tree.leaves(outputs))
 
-    return jax.grad(scalar)(params)
+    return jax.grad(scalar)(student.params)
 
-  def update(params, opt_state, teacher_params):
-    grads = jax.tree.map(lambda x: x * 1e-3, params)
-    updates, opt_state = program.tx.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    return params, opt_state, ema.ema_update(teacher_params, params, 0.99)
+  def update(state: TrainState) -> tuple[Variables, Any, Any]:
+    grads = jax.tree.map(lambda x: x * 1e-3, state.student.params)
+    student, opt_state = apply_gradients(
+      state, grads, state.student.batch_stats, program.tx
+    )
+    teacher = ema.ema_update(state.teacher.params, student.params, 0.99)
+    return student, opt_state, teacher
 
   return {
-    "teacher, clean images": (
-      forward_eval,
-      (teacher, images[: batch.unlabelled]),
-    ),
-    "teacher, strong view": (
-      forward_train,
-      (teacher.params, teacher.batch_stats, images),
-    ),
-    "student, both ways": (
-      backward,
-      (student.params, student.batch_stats, images),
-    ),
-    "optimiser and average": (
-      update,
-      (student.params, state.opt_state, teacher.params),
-    ),
+    "teacher, clean images": (clean_images, (state.teacher, images[:num_u])),
+    "teacher, strong view": (strong_view, (state.teacher, images)),
+    "student, both ways": (both_ways, (state.student, images)),
+    "optimiser and average": (update, (state,)),
   }
+
+
+class Timing(NamedTuple):
+  """Of a compiled program.
+
+  Attributes:
+    ms: median.
+    compile_s: tracing included.
+    peak_bytes: by the compiler, arguments included.
+  """
+
+  ms: float
+  compile_s: float
+  peak_bytes: int
+
+
+def timings(case: Case, *, phases: bool = True) -> dict[str, Timing]:
+  """Everything of a case, the two steps last; `REPEATS` runs of each.
+
+  Args:
+    case: see `cases`.
+    phases: also the phases of the semi-supervised step, each alone.
+  """
+  rng = np.random.default_rng(0)
+  program = build(case)
+  batches = jax.device_put(random_batches(case, rng))
+  state = program.create_state()
+  state = state.replace(memory_bank=full(state.memory_bank))
+  result = {}
+
+  def compiled(function: Callable, *args: Any) -> tuple[Callable, Callable]:
+    begin = time.perf_counter()
+    run = function.lower(*args).compile()
+    compile_s = time.perf_counter() - begin
+    return run, lambda ms: Timing(ms, compile_s, step_shapes.peak_bytes(run))
+
+  if phases:
+    for name, (function, args) in _passes(case, program, state).items():
+      run, timing = compiled(jax.jit(function), *args)
+      result[name] = timing(median_ms(run, REPEATS.value, *args))
+    step, tables = outside_network(
+      case, program, *(random_outputs(case, rng) for _ in range(2))
+    )
+    run, timing = compiled(step, tables, *batches)
+    ms, _ = step_ms(run, tables, batches, REPEATS.value)
+    result["outside the network"] = timing(ms)
+    del tables
+  for name, step, halves_of_batch in (
+    ("supervised step", program.supervised_step, batches[:1]),
+    ("semi-supervised step", program.semi_supervised_step, batches),
+  ):
+    run, timing = compiled(step, state, *halves_of_batch)
+    ms, state = step_ms(run, state, halves_of_batch, REPEATS.value)
+    result[name] = timing(ms)
+  return result
 
 
 def median_ms(run: Callable[..., Any], repeats: int, *args: Any) -> float:
