@@ -13,12 +13,9 @@ read and written at the rates that are measured first (u2pl_jax/roofline.py).
 
 import bench_workload as workload  # isort: skip
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 
 from input_pipeline.command_line import write_json
 from u2pl_jax import (
@@ -31,6 +28,7 @@ from u2pl_jax import (
   strong_augmentation,
 )
 from u2pl_jax.models.layers import resize_bilinear, resize_nearest
+from u2pl_jax.xla_flags import set_xla_flags
 
 
 def parts(case, program, outputs, rng):
@@ -151,11 +149,11 @@ def parts(case, program, outputs, rng):
   }
 
 
-def time_part(function, args, bank):
+def time_part(function, args, bank, repeats):
   """Median ms of a part; with the first argument None it feeds the bank."""
   if args[0] is not None:
     run = jax.jit(function).lower(*args).compile()
-    return workload.median_ms(run, workload.REPEATS.value, *args)
+    return workload.median_ms(run, repeats, *args)
   run = jax.jit(function, donate_argnums=0)
   run = run.lower(bank, *args[1:]).compile()
 
@@ -164,12 +162,16 @@ def time_part(function, args, bank):
     (loss, bank), gradient = run(bank, *args[1:])
     return loss, gradient, bank
 
-  return workload.median_ms(feed, workload.REPEATS.value)
+  return workload.median_ms(feed, repeats)
 
 
-def main(_):
-  result = []
-  for case in workload.chosen_cases():
+def main():
+  options = workload.parser(__doc__).parse_args()
+  set_xla_flags()
+  repeats, result = options.repeats, []
+  for case in workload.cases(
+    options.preset, sizes=options.size, batch=options.batch
+  ):
     rng = np.random.default_rng(0)
     device = workload.measured_device(case.config.model.dtype)
     program = workload.build(case)
@@ -179,11 +181,9 @@ def main(_):
       case, program, outputs, workload.random_outputs(case, rng)
     )
     compiled = step.lower(state, *batches).compile()
-    whole_ms, state = workload.step_ms(
-      compiled, state, batches, workload.REPEATS.value
-    )
+    whole_ms, state = workload.step_ms(compiled, state, batches, repeats)
     times = {
-      name: time_part(function, args, state.memory_bank)
+      name: time_part(function, args, state.memory_bank, repeats)
       for name, (function, args) in parts(case, program, outputs, rng).items()
     }
     floor = next(
@@ -198,7 +198,6 @@ def main(_):
     )
     print(case.name)
     print(workload.device_line(device, case.config.model.dtype))
-    repeats = workload.REPEATS.value
     print(f"median of {repeats}; floor of the whole {floor_ms:.2f} ms")
     for name, ms in (*times.items(), ("everything, as in the step", whole_ms)):
       print(f"{name:<32}{ms:>10.2f} ms")
@@ -212,9 +211,9 @@ def main(_):
         "floor_ms": floor_ms,
       }
     )
-  if workload.JSON.value:
-    write_json(workload.JSON.value, result)
+  if options.json:
+    write_json(options.json, result)
 
 
 if __name__ == "__main__":
-  sys.exit(app.run(main))
+  main()

@@ -19,19 +19,12 @@ import bench_workload as workload  # isort: skip
 import copy
 import dataclasses
 import functools
-import sys
 
 import jax
-from absl import app, flags
 
 from input_pipeline.command_line import write_json
 from u2pl_jax import roofline
-
-_MICROBATCHES = flags.DEFINE_integer(
-  "microbatches", 0, "config.batch.microbatches; 0 for the preset's."
-)
-_REMAT = flags.DEFINE_bool("remat", False, "config.model.remat.")
-_PHASES = flags.DEFINE_bool("phases", True, "Time the phases too.")
+from u2pl_jax.xla_flags import set_xla_flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +42,7 @@ class Row:
   floor_ms: float
 
 
-def measure(case, device, *, phases=True):
+def measure(case, device, repeats, *, phases=True):
   """{name: Row} of `workload.timings`."""
   config = case.config
   count = functools.partial(
@@ -66,20 +59,20 @@ def measure(case, device, *, phases=True):
   counted["supervised step"] = count(alone)
 
   rows = {}
-  for name, timing in workload.timings(case, phases=phases).items():
+  for name, timing in workload.timings(case, repeats, phases=phases).items():
     total = roofline.cost(counted[name], device, config.model.dtype)
     rows[name] = Row(timing, total.flops, 1e3 * total.seconds)
   return rows
 
 
-def table(case, device, rows):
+def table(case, device, repeats, rows):
   """The rows as text, 80 columns wide."""
   dtype = case.config.model.dtype
   step = rows["semi-supervised step"].timing
   lines = [
     case.name,
     workload.device_line(device, dtype),
-    f"median of {workload.REPEATS.value}",
+    f"median of {repeats}",
     f"{'':<23}{'ms':>9}{'share':>7}{'TFLOP/s':>9}{'of rate':>8}"
     f"{'floor ms':>9}{'x':>6}{'compile':>9}",
   ]
@@ -106,16 +99,35 @@ def table(case, device, rows):
   return "\n".join(lines)
 
 
-def main(_):
+def main():
+  parser = workload.parser(__doc__)
+  parser.add_argument(
+    "--microbatches",
+    type=int,
+    help="config.batch.microbatches, if not the preset's",
+  )
+  parser.add_argument("--remat", action="store_true", help="config.model.remat")
+  parser.add_argument(
+    "--no-phases",
+    dest="phases",
+    action="store_false",
+    help="time the two steps only",
+  )
+  options = parser.parse_args()
+  set_xla_flags()
   # What is asked is how long it takes to compile.
   jax.config.update("jax_enable_compilation_cache", False)
   result = []
-  for case in workload.chosen_cases(
-    microbatches=_MICROBATCHES.value, remat=_REMAT.value
+  for case in workload.cases(
+    options.preset,
+    sizes=options.size,
+    batch=options.batch,
+    microbatches=options.microbatches,
+    remat=options.remat,
   ):
     device = workload.measured_device(case.config.model.dtype)
-    rows = measure(case, device, phases=_PHASES.value)
-    print(table(case, device, rows), end="\n\n", flush=True)
+    rows = measure(case, device, options.repeats, phases=options.phases)
+    print(table(case, device, options.repeats, rows), end="\n\n", flush=True)
     result.append(
       {
         "case": case.name,
@@ -127,9 +139,9 @@ def main(_):
         },
       }
     )
-  if workload.JSON.value:
-    write_json(workload.JSON.value, result)
+  if options.json:
+    write_json(options.json, result)
 
 
 if __name__ == "__main__":
-  sys.exit(app.run(main))
+  main()

@@ -35,16 +35,9 @@ import time
 import types
 
 import numpy as np
-from absl import app, flags
 
 from input_pipeline.command_line import fail, write_json
-
-_UPSTREAM = flags.DEFINE_string(
-  "upstream", None, "Checkout of the published repository."
-)
-_OPPONENT = flags.DEFINE_enum(
-  "opponent", "eager", ["eager", "strong"], "See above."
-)
+from u2pl_jax.xla_flags import set_xla_flags
 
 # Here, and in `bench_workload.timings`.
 ROWS = {
@@ -91,16 +84,16 @@ class Job:
   head_multiplier: float
 
 
-def job(case, opponent):
+def job(case, opponent, upstream, repeats):
   """The published settings of a case."""
   from u2pl_jax.build import base_learning_rate
   from u2pl_jax.config_checks import bank_capacities
 
   config = case.config
   return Job(
-    upstream=os.path.abspath(_UPSTREAM.value),
+    upstream=os.path.abspath(upstream),
     opponent=opponent,
-    repeats=workload.REPEATS.value,
+    repeats=repeats,
     backbone=config.model.backbone,
     num_classes=case.num_classes,
     crop=case.crop,
@@ -467,22 +460,41 @@ class Published:
     return self.training_ms(student, teacher, groups)
 
 
-def main(_):
-  if not _UPSTREAM.value:
-    fail("--upstream is missing: a checkout of the published repository")
-  if not (pathlib.Path(_UPSTREAM.value) / "train_semi.py").is_file():
-    fail(f"--upstream={_UPSTREAM.value}: there is no train_semi.py in it")
+def main():
+  parser = workload.parser(__doc__)
+  parser.add_argument(
+    "--upstream",
+    type=pathlib.Path,
+    required=True,
+    help="checkout of the published repository",
+  )
+  parser.add_argument(
+    "--opponent",
+    choices=("eager", "strong"),
+    default="eager",
+    help="see below (default: eager)",
+  )
+  options = parser.parse_args()
+  upstream = options.upstream
+  if not (upstream / "train_semi.py").is_file():
+    fail(f"--upstream={upstream}: there is no train_semi.py in it")
   if importlib.util.find_spec("torch") is None:
     fail("torch is not installed: requirements-test.txt names the version")
+  set_xla_flags()
   # Both live on one device: none takes memory that it does not use.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   # Of several sizes the first: a run is one comparison.
-  case = workload.chosen_cases()[0]
-  ours = {name: x.ms for name, x in workload.timings(case).items()}
+  case, *_ = workload.cases(
+    options.preset, sizes=options.size, batch=options.batch
+  )
+  ours = {
+    name: x.ms for name, x in workload.timings(case, options.repeats).items()
+  }
   # Another process, so that neither has the other's threads and memory.
   spawn = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
-    theirs = pool.submit(run_published, job(case, _OPPONENT.value)).result()
+    published = job(case, options.opponent, upstream, options.repeats)
+    theirs = pool.submit(run_published, published).result()
   rows = {
     name: {
       "ours_ms": ours[own_name],
@@ -491,21 +503,21 @@ def main(_):
     }
     for name, own_name in ROWS.items()
   }
-  print(f"{case.name}\nagainst {_OPPONENT.value}: {theirs['info']}")
+  print(f"{case.name}\nagainst {options.opponent}: {theirs['info']}")
   print(f"{'':<26}{'ours ms':>10}{'theirs ms':>11}{'ratio':>8}")
   for name, row in rows.items():
     print(
       f"{name:<26}{row['ours_ms']:>10.1f}{row['theirs_ms']:>11.1f}"
       f"{row['ratio']:>8.2f}"
     )
-  if workload.JSON.value:
+  if options.json:
     about = {
       "case": case.name,
-      "opponent": _OPPONENT.value,
+      "opponent": options.opponent,
       "info": theirs["info"],
     }
-    write_json(workload.JSON.value, rows | about)
+    write_json(options.json, rows | about)
 
 
 if __name__ == "__main__":
-  sys.exit(app.run(main))
+  main()

@@ -1,5 +1,6 @@
 """What the benchmarks of the step share: presets, data, rates of a device."""
 
+import argparse
 import dataclasses
 import pathlib
 import statistics
@@ -10,16 +11,11 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from u2pl_jax.xla_flags import set_xla_flags
-
-set_xla_flags()
-
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from absl import flags
 
 from configs import cityscapes_744, common, voc_1464
 from u2pl_jax import build as build_lib
@@ -33,17 +29,52 @@ from u2pl_jax.train_step import apply_gradients, forward_eval, forward_train
 Array = jax.Array
 Batch = dict[str, np.ndarray]
 
-# Flags that the benchmarks share.
 PRESETS = ("cpu-mid", "voc", "cityscapes")
-PRESET = flags.DEFINE_enum("preset", "cpu-mid", PRESETS, "What is timed.")
-SIZES = flags.DEFINE_multi_integer(
-  "size", [], "Crop size, if not the preset's; may be repeated."
-)
-BATCH = flags.DEFINE_integer(
-  "batch", 0, "Labelled images, and as many unlabelled; 0 for the preset's."
-)
-REPEATS = flags.DEFINE_integer("repeats", 10, "Timed runs.", lower_bound=1)
-JSON = flags.DEFINE_string("json", None, "Also write the numbers here.")
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+  """The options that the benchmarks share.
+
+  Args:
+    doc: docstring of the command.
+  """
+  title, _, text = doc.partition("\n")
+  result = argparse.ArgumentParser(
+    description=title,
+    epilog=text,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  result.add_argument(
+    "--preset",
+    choices=PRESETS,
+    default="cpu-mid",
+    help="what is timed (default: cpu-mid)",
+  )
+  result.add_argument(
+    "--size",
+    type=_positive,
+    action="append",
+    help="crop size, if not the preset's; may be repeated",
+  )
+  result.add_argument(
+    "--batch",
+    type=_positive,
+    help="labelled images, and as many unlabelled, if not the preset's",
+  )
+  result.add_argument(
+    "--repeats", type=_positive, default=10, help="timed runs (default: 10)"
+  )
+  result.add_argument(
+    "--json", type=pathlib.Path, help="also write the numbers to this file"
+  )
+  return result
+
+
+def _positive(text: str) -> int:
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+  return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,30 +118,25 @@ def _config(preset: str) -> tuple[ml_collections.ConfigDict, int]:
   return config, num_classes
 
 
-def chosen_cases(**kwargs: Any) -> list[Case]:
-  """`cases` that the flags ask for."""
-  return cases(PRESET.value, sizes=SIZES.value, batch=BATCH.value, **kwargs)
-
-
 def cases(
   preset: str,
   *,
-  sizes: Sequence[int] = (),
-  batch: int = 0,
-  microbatches: int = 0,
+  sizes: Sequence[int] | None = None,
+  batch: int | None = None,
+  microbatches: int | None = None,
   remat: bool = False,
 ) -> list[Case]:
   """The cases of a preset.
 
   Args:
     preset: one of `PRESETS`.
-    sizes: crop sizes; the preset's if empty, which are 129 and 257 of cpu-mid.
-    batch: labelled images, and as many unlabelled ones; 0 for the preset's.
-    microbatches: 0 for the preset's.
+    sizes: crop sizes; None for the preset's, which are 129 and 257 of cpu-mid.
+    batch: labelled images, and as many unlabelled ones; None for the preset's.
+    microbatches: None for the preset's.
     remat: recompute the encoder's blocks.
   """
   if not sizes:
-    sizes = (129, 257) if preset == "cpu-mid" else (0,)
+    sizes = (129, 257) if preset == "cpu-mid" else (None,)
   result = []
   for size in sizes:
     config, num_classes = _config(preset)
@@ -341,11 +367,14 @@ class Timing(NamedTuple):
   peak_bytes: int
 
 
-def timings(case: Case, *, phases: bool = True) -> dict[str, Timing]:
-  """Everything of a case, the two steps last; `REPEATS` runs of each.
+def timings(
+  case: Case, repeats: int, *, phases: bool = True
+) -> dict[str, Timing]:
+  """Everything of a case, the two steps last.
 
   Args:
     case: see `cases`.
+    repeats: runs of each; the median is given.
     phases: also the phases of the semi-supervised step, each alone.
   """
   rng = np.random.default_rng(0)
@@ -364,12 +393,12 @@ def timings(case: Case, *, phases: bool = True) -> dict[str, Timing]:
   if phases:
     for name, (function, args) in _passes(case, program, state).items():
       run, timing = compiled(jax.jit(function), *args)
-      result[name] = timing(median_ms(run, REPEATS.value, *args))
+      result[name] = timing(median_ms(run, repeats, *args))
     step, tables = outside_network(
       case, program, *(random_outputs(case, rng) for _ in range(2))
     )
     run, timing = compiled(step, tables, *batches)
-    ms, _ = step_ms(run, tables, batches, REPEATS.value)
+    ms, _ = step_ms(run, tables, batches, repeats)
     result["outside the network"] = timing(ms)
     del tables
   for name, step, halves_of_batch in (
@@ -377,7 +406,7 @@ def timings(case: Case, *, phases: bool = True) -> dict[str, Timing]:
     ("semi-supervised step", program.semi_supervised_step, batches),
   ):
     run, timing = compiled(step, state, *halves_of_batch)
-    ms, state = step_ms(run, state, halves_of_batch, REPEATS.value)
+    ms, state = step_ms(run, state, halves_of_batch, repeats)
     result[name] = timing(ms)
   return result
 

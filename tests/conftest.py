@@ -14,6 +14,10 @@ import ml_collections
 import pytest
 
 from configs import testing
+from u2pl_jax.xla_flags import set_xla_flags
+
+# As the trainer: what its commands have compiled the tests find in the cache.
+set_xla_flags()
 
 # The files that take longest, longest first: of two processes neither is left
 # with one of them when the other has done all the rest. The third waits behind
