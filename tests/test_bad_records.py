@@ -452,7 +452,7 @@ def loop(monkeypatch):
       {name: jax.numpy.float32(seen) for name in names},
     )
 
-  def fake_build(config, _):
+  def fake_build(config, _, **_kwargs):
     program, _ = real_program(config.method)
     return dataclasses.replace(
       program, supervised_step=step, semi_supervised_step=step

@@ -91,3 +91,29 @@ def test_bfloat16_logits_give_a_float32_loss():
   )
   assert loss.dtype == jnp.float32
   np.testing.assert_allclose(loss, np.log(3), rtol=1e-6)
+
+
+def test_the_gradient_of_a_pixel_is_softmax_minus_one_hot():
+  logits = jnp.asarray([[1e4, 1e4, -1e4], [0.0, 1.0, 3.0], [2.0, 0.0, 1.0]])
+  labels = jnp.asarray([1, 2, 255])
+
+  def total(logits):
+    pixels, valid = losses.pixel_cross_entropy(logits, labels, 255)
+    return pixels.sum(), (pixels, valid)
+
+  grads, (pixels, valid) = jax.grad(total, has_aux=True)(logits)
+  assert valid.tolist() == [True, True, False]
+  shares = np.exp([0.0, 1.0, 3.0]) / np.exp([0.0, 1.0, 3.0]).sum()
+  np.testing.assert_allclose(
+    pixels, [np.log(2), -np.log(shares[2]), 0], rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    grads,
+    [[0.5, -0.5, 0], shares - np.asarray([0, 0, 1]), [0, 0, 0]],
+    rtol=1e-5,
+    atol=1e-7,
+  )
+  # A scatter would be slow everywhere.
+  assert "scatter" not in str(
+    jax.make_jaxpr(jax.grad(total, has_aux=True))(logits)
+  )

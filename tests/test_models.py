@@ -140,6 +140,54 @@ def test_resize_bilinear_by_hand():
   assert (one == 7).all()
 
 
+@pytest.mark.parametrize("sizes", [(3, 11), (5, 17), (9, 4), (1, 6), (6, 1)])
+def test_interpolation_by_gathers_and_by_products(sizes):
+  """The two forms, of which a device runs the faster one, are one matrix."""
+  size_in, size_out = sizes
+  matrix = layers._interpolation_matrix(size_in, size_out, np.dtype("float32"))
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((2, size_in, 4, 3), np.float32)
+  gradient = rng.standard_normal((2, size_out, 4, 3), np.float32)
+  for form in (layers._weighted_gathers, layers._product):
+    for axis, y, weights in (
+      (1, x, matrix),
+      (1, gradient, matrix.T),
+      (2, x.swapaxes(1, 2), matrix),
+    ):
+      expected = np.moveaxis(np.tensordot(weights, y, (1, axis)), 0, axis)
+      np.testing.assert_allclose(
+        form(jnp.asarray(y), weights, axis), expected, rtol=1e-5, atol=1e-6
+      )
+  _, pullback = jax.vjp(lambda x: layers.resize_bilinear(x, (size_out, 4)), x)
+  np.testing.assert_allclose(
+    pullback(jnp.asarray(gradient))[0],
+    np.moveaxis(np.tensordot(matrix.T, gradient, (1, 1)), 0, 1),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
+@pytest.mark.parametrize(
+  "platform, used, unused",
+  [
+    ("cpu", "gather", "dot_general"),
+    ("tpu", "dot_general", "gather"),
+    ("cuda", "dot_general", "gather"),
+  ],
+)
+def test_which_device_interpolates_how(platform, used, unused):
+  def loss(x):
+    return jnp.square(layers.resize_bilinear(x, (17, 17))).sum()
+
+  exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=[platform])(
+    jnp.ones((1, 5, 5, 3))
+  )
+  text = exported.mlir_module()
+  assert f"stablehlo.{used}" in text
+  assert f"stablehlo.{unused}" not in text
+  assert "stablehlo.scatter" not in text
+
+
 def test_resize_nearest_is_torchs_floor_rule():
   x = jnp.arange(5).reshape(1, 5, 1)
   assert layers.resize_nearest(x, (3, 1)).ravel().tolist() == [0, 1, 3]

@@ -388,7 +388,7 @@ def test_interrupted_around_a_reduction_equals_uninterrupted(
   info = dataset_info("camvid")
   spec = build_lib.DataSpec(loop.NUM_CLASSES, info.mean, info.std, 16)
   program = build_lib.build(config, spec)
-  monkeypatch.setattr(train, "build", lambda *_: program)
+  monkeypatch.setattr(train, "build", lambda *_, **_kwargs: program)
   for name in ("draw", "draw_missing", "finish"):
     monkeypatch.setattr(train.Reporter, name, lambda *_, **__: None)
   expected = tmp_path / "uninterrupted"

@@ -6,7 +6,6 @@ Every loss is at least float32, and 0 with zero gradient when no pixel counts
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from u2pl_jax.selection import order_statistics
 
@@ -28,10 +27,11 @@ def pixel_cross_entropy(
   """
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   valid_mask = labels != ignore_label
-  # A gather at label 255 would give NaN, also in the gradient.
-  losses = optax.softmax_cross_entropy_with_integer_labels(
-    logits, jnp.where(valid_mask, labels, 0)
-  )
+  # Below their maximum no exponential overflows; which maximum is no matter.
+  logits -= jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+  # The gradient of a gather by label would be a scatter.
+  own = labels[..., None] == jnp.arange(logits.shape[-1])
+  losses = jnp.log(jnp.exp(logits).sum(-1)) - jnp.where(own, logits, 0).sum(-1)
   return jnp.where(valid_mask, losses, 0), valid_mask
 
 
