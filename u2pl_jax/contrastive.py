@@ -12,6 +12,7 @@ published code are keywords (docs/quirks.md).
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -153,9 +154,27 @@ def info_nce(positive: Array, negative: Array, temperature: float) -> Array:
   return (jax.nn.logsumexp(logits, -1) - logits[..., 0]).mean(-1)
 
 
-# Anchors whose negatives a CPU core holds in its cache: 8 x 50 keys of 256
-# floats are 400 kB.
-_ANCHORS_AT_ONCE = 8
+class _Contractions(NamedTuple):
+  """How the negatives of an anchor, [m, d], are multiplied and added up."""
+
+  squares: Callable[[Array], Array]
+  cosines: Callable[[Array, Array], Array]
+  weighted: Callable[[Array, Array], Array]
+
+
+_PRODUCTS = _Contractions(
+  squares=lambda rows: jnp.einsum("md,md->m", rows, rows, precision=_HIGHEST),
+  cosines=lambda rows, x: jnp.matmul(rows, x, precision=_HIGHEST),
+  weighted=lambda weights, rows: jnp.matmul(weights, rows, precision=_HIGHEST),
+)
+_SUMS = _Contractions(
+  squares=lambda rows: jnp.square(rows).sum(-1),
+  cosines=lambda rows, x: (rows * x).sum(-1),
+  weighted=lambda weights, rows: (weights[:, None] * rows).sum(0),
+)
+# Anchors whose negatives a CPU holds in its caches: 32 x 50 keys of 256 floats
+# are 1.6 MB.
+_ANCHORS_AT_ONCE = 32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -195,24 +214,22 @@ def _losses_and_slopes(
   """([k] losses, [k, a, d] the gradient of each by its anchors)."""
   num_classes, num_anchors, width = anchors.shape
 
-  def one(anchor, positive, rows):
+  def one(anchor, positive, rows, contract):
     negatives = keys.at[rows].get(mode="promise_in_bounds")
     negatives = negatives.astype(anchor.dtype)
-    # Products and sums instead of matrix products, which would need the
-    # negatives in memory.
-    scale = inverse_length(negatives)
-    negative = (negatives * anchor).sum(-1) * scale
+    scale = inverse_length(contract.squares(negatives))
+    negative = contract.cosines(negatives, anchor) * scale
     logits = jnp.append(negative, (anchor * positive).sum()) / temperature
     total = jax.nn.logsumexp(logits)
     share = jnp.exp(logits - total) / temperature
     pull = (share[-1] - 1 / temperature) * positive
-    push = ((share[:-1] * scale)[:, None] * negatives).sum(0)
+    push = contract.weighted(share[:-1] * scale, negatives)
     return total - logits[-1], pull + push
 
-  def by_anchor(batch_size):
+  def by_anchor(batch_size, contract):
     def run(slots, anchors, positives):
       return jax.lax.map(
-        lambda x: one(*x),
+        lambda x: one(*x, contract),
         (
           anchors.reshape(-1, width),
           jnp.repeat(positives, num_anchors, axis=0),
@@ -227,8 +244,10 @@ def _losses_and_slopes(
     slots,
     anchors,
     positives,
-    cpu=by_anchor(_ANCHORS_AT_ONCE),
-    default=by_anchor(num_classes * num_anchors),
+    # A CPU multiplies what lies in its caches. Elsewhere matrix products would
+    # need the negatives in memory, which are never stored so.
+    cpu=by_anchor(_ANCHORS_AT_ONCE, _PRODUCTS),
+    default=by_anchor(num_classes * num_anchors, _SUMS),
   )
   losses = losses.reshape(num_classes, num_anchors).mean(-1)
   return losses, slopes.reshape(anchors.shape) / num_anchors

@@ -181,12 +181,12 @@ def _classes_of_parts(
 
 def unit(x: Array) -> Array:
   """Rows to length 1; a zero row stays zero, with zero gradient."""
-  return x * inverse_length(x)[..., None]
+  return x * inverse_length(jnp.square(x).sum(-1))[..., None]
 
 
-def inverse_length(x: Array) -> Array:
-  """[..., d] -> [...], 1 / the length of each row, finite for zero."""
-  return jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1), 1e-16))
+def inverse_length(square: Array) -> Array:
+  """1 / length of rows of these squared lengths, finite for zero."""
+  return jax.lax.rsqrt(jnp.maximum(square, 1e-16))
 
 
 def queue(bank: MemoryBank, class_id: int) -> np.ndarray:

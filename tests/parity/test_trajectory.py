@@ -41,8 +41,11 @@ RUNS = [
     path,
     variant,
     id=f"{path.stem}-{variant}",
-    # The well-conditioned run always; the others where time is no matter.
-    marks=[] if "_D" in path.stem else [pytest.mark.slow],
+    # The method as it is, in the well-conditioned run, always; the others, two
+    # minutes each, where time is no matter.
+    marks=[]
+    if "_D" in path.stem and variant == "paper"
+    else [pytest.mark.slow],
   )
   for path in fixtures("trajectory_*.npz")
   for variant in QUIRKS
