@@ -68,19 +68,14 @@ def test_the_runs_exercise_what_they_should(runs):
   assert runs["8"]["rows_of_a_device"] == 272
 
 
-# Relative to the others. Where images show little, channels die in half of a
-# batch sooner than in all of it, and their norms multiply the rounding.
-_ROUNDING = {"4_micro": 10}
-
-
 @pytest.fixture(scope="module")
 def pair(name, request):
-  """(a run, what it must equal: one device, rounding of the other's order)."""
+  """(a run, what it must equal: one device)."""
   if name in _MICRO:
     found, one = request.getfixturevalue("micro_runs"), "1_micro"
   else:
     found, one = request.getfixturevalue("runs"), "1"
-  return found[name], found[one], _ROUNDING.get(name, 1)
+  return found[name], found[one]
 
 
 _SEVERAL_DEVICES = [
@@ -98,10 +93,8 @@ class TestEqual:
      "low_threshold", "high_threshold", "confidence"],
   )  # fmt: skip
   def test_losses_and_thresholds(self, pair, metric):
-    found, expected, rounding = pair
-    np.testing.assert_allclose(
-      found[metric], expected[metric], rtol=1e-5 * rounding
-    )
+    found, expected = pair
+    np.testing.assert_allclose(found[metric], expected[metric], rtol=1e-5)
 
   @pytest.mark.parametrize(
     "decision",
@@ -117,24 +110,22 @@ class TestEqual:
     lies on a threshold would show here, by one pixel. With the same queues and
     the same bits the negatives that are drawn are the same too.
     """
-    found, expected, _ = pair
+    found, expected = pair
     np.testing.assert_array_equal(found[decision], expected[decision])
 
   def test_bank_and_parameters(self, pair):
-    found, expected, rounding = pair
+    found, expected = pair
     np.testing.assert_allclose(
-      found["bank_keys"], expected["bank_keys"], atol=1e-4 * rounding
+      found["bank_keys"], expected["bank_keys"], atol=1e-4
     )
     for who in ("student", "teacher"):
-      np.testing.assert_allclose(
-        found[who], expected[who], atol=1e-5 * rounding
-      )
+      np.testing.assert_allclose(found[who], expected[who], atol=1e-5)
 
   def test_supervised_steps(self, pair):
-    found, expected, rounding = pair
+    found, expected = pair
     if "supervised" in found:
       np.testing.assert_allclose(
-        found["supervised"], expected["supervised"], rtol=1e-5 * rounding
+        found["supervised"], expected["supervised"], rtol=1e-5
       )
 
 
