@@ -103,7 +103,7 @@ def main():
   parser = workload.parser(__doc__)
   parser.add_argument(
     "--microbatches",
-    type=int,
+    type=workload.positive,
     help="config.batch.microbatches, if not the preset's",
   )
   parser.add_argument("--remat", action="store_true", help="config.model.remat")

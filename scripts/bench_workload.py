@@ -52,17 +52,17 @@ def parser(doc: str) -> argparse.ArgumentParser:
   )
   result.add_argument(
     "--size",
-    type=_positive,
+    type=positive,
     action="append",
     help="crop size, if not the preset's; may be repeated",
   )
   result.add_argument(
     "--batch",
-    type=_positive,
+    type=positive,
     help="labelled images, and as many unlabelled, if not the preset's",
   )
   result.add_argument(
-    "--repeats", type=_positive, default=10, help="timed runs (default: 10)"
+    "--repeats", type=positive, default=10, help="timed runs (default: 10)"
   )
   result.add_argument(
     "--json", type=pathlib.Path, help="also write the numbers to this file"
@@ -70,7 +70,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
   return result
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+  """An option that counts something."""
   value = int(text)
   if value < 1:
     raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")

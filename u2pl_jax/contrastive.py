@@ -158,18 +158,18 @@ class _Contractions(NamedTuple):
   """How the negatives of an anchor, [m, d], are multiplied and added up."""
 
   squares: Callable[[Array], Array]
-  cosines: Callable[[Array, Array], Array]
+  dots: Callable[[Array, Array], Array]
   weighted: Callable[[Array, Array], Array]
 
 
 _PRODUCTS = _Contractions(
   squares=lambda rows: jnp.einsum("md,md->m", rows, rows, precision=_HIGHEST),
-  cosines=lambda rows, x: jnp.matmul(rows, x, precision=_HIGHEST),
+  dots=lambda rows, x: jnp.matmul(rows, x, precision=_HIGHEST),
   weighted=lambda weights, rows: jnp.matmul(weights, rows, precision=_HIGHEST),
 )
 _SUMS = _Contractions(
   squares=lambda rows: jnp.square(rows).sum(-1),
-  cosines=lambda rows, x: (rows * x).sum(-1),
+  dots=lambda rows, x: (rows * x).sum(-1),
   weighted=lambda weights, rows: (weights[:, None] * rows).sum(0),
 )
 # Anchors whose negatives a CPU holds in its caches: 32 x 50 keys of 256 floats
@@ -218,7 +218,7 @@ def _losses_and_slopes(
     negatives = keys.at[rows].get(mode="promise_in_bounds")
     negatives = negatives.astype(anchor.dtype)
     scale = inverse_length(contract.squares(negatives))
-    negative = contract.cosines(negatives, anchor) * scale
+    negative = contract.dots(negatives, anchor) * scale
     logits = jnp.append(negative, (anchor * positive).sum()) / temperature
     total = jax.nn.logsumexp(logits)
     share = jnp.exp(logits - total) / temperature
