@@ -34,9 +34,9 @@ START_TIMEOUT = 300
 HEARTBEAT_TIMEOUT = 100
 # A barrier is no place to notice that: process 0 may draw for a long time.
 _BARRIER_TIMEOUT = 24 * 3600
-# Between two looks for the failure of another process, and how long one that
-# fails waits until the others have seen it.
-_POLL, _GRACE = 0.5, 10
+# Between two looks for the failure of another process, how long one that fails
+# waits until the others have seen it, and what an announced exit still takes.
+_POLL, _GRACE, _EXIT = 0.5, 10, 0.5
 
 # Exit codes that all processes end with: after a signal that all agreed upon.
 _IN_ORDER = (0, None, os.EX_TEMPFAIL)
@@ -48,6 +48,9 @@ _TPU_FIX = (
 )
 
 _counter = itertools.count()
+# Whoever ends the process never gives it back: the thread that fails, or the
+# one that finds the failure of another process.
+_ending = threading.Lock()
 
 
 def initialize(
@@ -433,6 +436,8 @@ def error_prefix() -> str:
 
 
 def _end(error: BaseException) -> None:
+  """Ends this process, and the others, after an exception of its own."""
+  _ending.acquire()
   cause, code = error, 1
   if isinstance(error, SystemExit):
     # Somebody has printed what happened, and exits while he handles it.
@@ -455,21 +460,17 @@ def _end(error: BaseException) -> None:
     else " ".join(str(cause).split()),
   }
   client = _client()
-  own = jax.process_index()
+  was_first = True
   try:
-    # Of several failures the first one counts: a key is set once.
     client.key_value_set(_FAILURE, json.dumps(failure))
-    # The keys are lost with process 0, which therefore waits for all.
-    end = time.monotonic() + _GRACE
-    for index in range(jax.process_count()):
-      if index != own:
-        left = max(1, int(1000 * (end - time.monotonic())))
-        client.blocking_key_value_get(f"{_SEEN}{index}", left)
   except RuntimeError:
-    # Another one was first, or is gone: all that is left is to say so.
+    # Of several failures the first one counts: a key is set once.
+    was_first = False
     with contextlib.suppress(RuntimeError):
-      client.key_value_set(f"{_SEEN}{own}", "")
-  _exit(code)
+      first = _failure(client)
+      if first is not None:
+        code = _print_failure(first)
+  _leave(client, code, was_first=was_first)
 
 
 def _watch(done: threading.Event) -> None:
@@ -477,22 +478,57 @@ def _watch(done: threading.Event) -> None:
   client = _client()
   while not done.wait(_POLL):
     try:
-      # A folder that does not exist is no error, as a missing key is.
-      found = dict(client.key_value_dir_get(_FAILURE.rpartition("/")[0]))
+      failure = _failure(client)
     except RuntimeError:
       return  # The coordinator is gone: jax ends this process.
-    if _FAILURE not in found:
+    if failure is None:
       continue
-    failure = json.loads(found[_FAILURE])
     if failure["process"] == jax.process_index():
       return
+    _ending.acquire()
+    _leave(client, _print_failure(failure), was_first=False)
+
+
+def _failure(client) -> dict[str, Any] | None:
+  """What the first process that failed has said of it."""
+  # A folder that does not exist is no error, as a missing key is.
+  found = dict(client.key_value_dir_get(_FAILURE.rpartition("/")[0]))
+  return json.loads(found[_FAILURE]) if _FAILURE in found else None
+
+
+def _print_failure(failure: dict[str, Any]) -> int:
+  """Says why this process ends; returns the code to end with."""
+  print(
+    f"error: {error_prefix()}ended, since process {failure['process']}"
+    f" failed: {failure['message']}",
+    file=sys.stderr,
+  )
+  return failure["code"]
+
+
+def _wait_for_others(client) -> None:
+  """Until all of them have announced their exit, or _GRACE is over."""
+  end = time.monotonic() + _GRACE
+  with contextlib.suppress(RuntimeError):
+    for index in range(jax.process_count()):
+      if index != jax.process_index():
+        left = max(1, int(1000 * (end - time.monotonic())))
+        client.blocking_key_value_get(f"{_SEEN}{index}", left)
+
+
+def _leave(client, code: int, *, was_first: bool) -> None:
+  """Announces the exit of this process, and exits."""
+  keeps_the_keys = jax.process_index() == 0
+  if was_first and not keeps_the_keys:
+    # Once it is gone, a collective of the others may fail before they look.
+    _wait_for_others(client)
+  with contextlib.suppress(RuntimeError):
     client.key_value_set(f"{_SEEN}{jax.process_index()}", "")
-    print(
-      f"error: {error_prefix()}ended, since process {failure['process']}"
-      f" failed: {failure['message']}",
-      file=sys.stderr,
-    )
-    _exit(failure["code"])
+  if keeps_the_keys:
+    # jax aborts whoever is still there when the keys are gone.
+    _wait_for_others(client)
+    time.sleep(_EXIT)
+  _exit(code)
 
 
 def _exit(code: int) -> None:
