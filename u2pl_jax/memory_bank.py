@@ -61,7 +61,7 @@ def enqueue(
   Args:
     bank: the bank; its buffer is updated in place if it is donated.
     new_keys: [k, m, d], oldest first.
-    num_new: [k] int32, how many of the m rows of each class are real. More
+    num_new: [k] integers, how many of the m rows of each class are real. More
       than the capacity is fine: the last `capacity` of them stay.
     num_parts: equal parts of the slots that each take their own keys, see
       `negative_cosines`.
@@ -71,7 +71,8 @@ def enqueue(
   """
   capacity = jnp.asarray(bank.capacities, jnp.int32)[:, None]
   row = jnp.arange(new_keys.shape[1], dtype=jnp.int32)
-  num_new = num_new[:, None]
+  # Under x64 counts are int64, and the state would change its type.
+  num_new = num_new.astype(jnp.int32)[:, None]
   written = (row < num_new) & (row >= num_new - capacity)
   slot = bank.offsets[:, None] + (bank.cursor[:, None] + row) % capacity
   num_slots, width = bank.keys.shape
