@@ -18,22 +18,26 @@ from u2pl_jax.xla_flags import set_xla_flags
 
 # As the trainer: what its commands have compiled the tests find in the cache.
 set_xla_flags()
+# Unoptimised code takes half as long to compile and twice as long to run, and
+# tests compile for minutes what they run for seconds.
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 # The files that take longest, longest first: of two processes neither is left
-# with one of them when the other has done all the rest. The third waits behind
-# the first, which is a single test: both need some 7 GB.
+# with one of them when the other has done all the rest. The trajectories wait
+# until the first, a single test, has ended: both need some 7 GB.
 _LONGEST = (
   "parity/test_x64.py",
+  "test_hosts.py",
+  "test_devices.py",
   "test_train_loop.py",
-  "parity/test_trajectory.py",
   "test_bad_records.py",
   "test_sweep.py",
   "test_configs.py",
   "test_evaluate.py",
   "test_schedules.py",
+  "parity/test_trajectory.py",
   "test_train_step.py",
   "test_weights.py",
-  "test_devices.py",
   "parity/test_golden.py",
   "test_sinks.py",
 )

@@ -11,6 +11,9 @@ one device had there. Of a million rectified numbers in a step some lie within
 rounding of 0, and a gradient that one of them passes on one side only differs
 by 1e-4. In which step that happens depends on the machine; two runs that go
 their own ways part there, whatever the number of devices.
+
+With JAX_ENABLE_X64=1 the network computes in float64, where nothing lies as
+close as that, and each run goes its own way for all ten steps.
 """
 
 import functools
@@ -18,12 +21,14 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from configs import testing
 from u2pl_jax import build as build_lib
 from u2pl_jax import rngs, sharding, train_step
 
+X64 = jax.config.jax_enable_x64
 DATA = build_lib.DataSpec(6, (120.0,) * 3, (60.0,) * 3, num_unlabelled=80)
 NUM_STEPS, BATCH, SIZE = 10, 8, 33
 # Devices, where the bank lies, micro-batches.
@@ -74,7 +79,7 @@ def make_batches(step):
     0, 90, (2 * BATCH, SIZE, SIZE, 3)
   )
   batch = {
-    "image": images.astype(np.uint8),
+    "image": images.astype(np.float64 if X64 else np.uint8),
     "valid_box": np.tile(
       np.asarray([[0, 0, SIZE, SIZE]], np.int32), (2 * BATCH, 1)
     ),
@@ -130,7 +135,7 @@ def traced_step(config, program):
       train_step.LabelledBatch(**batch_l),
       train_step.UnlabelledBatch(**batch_u),
       draws,
-      model=program.model,
+      model=program.model.clone(dtype=jnp.float64) if X64 else program.model,
       tx=program.tx,
       recipe=recipe,
       layout=layout,
@@ -155,15 +160,25 @@ def traced_step(config, program):
   return step
 
 
+def first_state(program):
+  """On the host, in the type of the runs."""
+  state = jax.device_get(program.create_state())
+  if not X64:
+    return state
+  return jax.tree.map(
+    lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, state
+  )
+
+
 def main(folder, *names):
   for name in names:
     num_devices, memory_bank, microbatches = RUNS[name]
     config = get_config(memory_bank, microbatches)
     program = build_lib.build(config, DATA, devices=jax.devices()[:num_devices])
     where = state_shardings(config, program)
-    if num_devices == 1:
-      # Before each step, for the runs that follow.
-      states = [jax.device_get(program.create_state())]
+    if num_devices == 1 or X64:
+      # Before each step; those of one device for the float32 runs that follow.
+      states = [first_state(program)]
     step = traced_step(config, program)
 
     def halves(i, mesh=program.mesh):
@@ -173,7 +188,7 @@ def main(folder, *names):
     for i in range(NUM_STEPS):
       state = jax.device_put(states[i], where)
       state, metrics = step(state, *halves(i))
-      if num_devices == 1:
+      if num_devices == 1 or X64:
         states.append(jax.device_get(state))
       params = {
         who: np.concatenate(
@@ -188,7 +203,7 @@ def main(folder, *names):
     record = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     shards = state.memory_bank.keys.addressable_shards
     record["rows_of_a_device"] = shards[0].data.shape[0]
-    if num_devices in (1, 4):
+    if num_devices in (1, 4) and not X64:
       rows = []
       for i in range(2):
         state, metrics = program.supervised_step(state, halves(i)[0])

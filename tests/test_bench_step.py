@@ -1,6 +1,7 @@
 """scripts/bench_*.py: what they time is the step, on a small one."""
 
 import concurrent.futures
+import functools
 import multiprocessing
 import pathlib
 import subprocess
@@ -68,8 +69,9 @@ def test_what_is_timed_outside_the_network_is_the_step(workload, case, program):
   images_u = (batches[1]["image"] - np.asarray(program.recipe.mean)) / (
     np.asarray(program.recipe.std)
   )
-  clean = program.model.apply(
-    state.teacher.for_apply(), jnp.asarray(images_u, jnp.float32), train=False
+  forward = jax.jit(functools.partial(program.model.apply, train=False))
+  clean = forward(
+    state.teacher.for_apply(), jnp.asarray(images_u, jnp.float32)
   ).logits
   tables = [
     in_batch(trace[which]) | {"clean_logits": clean}

@@ -306,8 +306,10 @@ def test_network_with_products_is_the_same_network(monkeypatch):
 def test_dropout_drops_whole_channels_in_training_only():
   model = DeepLab(3, backbone="tiny", dropout=0.5)
   images = jax.random.normal(jax.random.key(1), (2, 33, 33, 3))
-  variables = model.init(jax.random.key(0), images, train=False)
+  init = jax.jit(functools.partial(model.init, train=False))
+  variables = init(jax.random.key(0), images)
 
+  @jax.jit
   def run(seed):
     return model.apply(
       variables,

@@ -10,7 +10,9 @@ from u2pl_jax.models.deeplab import DeepLab
 from u2pl_jax.train_state import Variables
 
 
-def make_model(names: np.ndarray, shapes: np.ndarray) -> DeepLab:
+def make_model(
+  names: np.ndarray, shapes: np.ndarray, *, conv_products: bool = False
+) -> DeepLab:
   """The published network of the depth, heads and classes of a state dict."""
   names = names.tolist()
   blocks = tuple(
@@ -25,6 +27,7 @@ def make_model(names: np.ndarray, shapes: np.ndarray) -> DeepLab:
     # The recorded runs had no dropout.
     dropout=0.0,
     dtype=DTYPE,
+    conv_products=conv_products,
   )
 
 
