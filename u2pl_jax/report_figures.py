@@ -207,7 +207,7 @@ def _value_axis(panel: Panel, domain: tuple[float, float]) -> dict[str, Any]:
     domain=list(domain),
     nticks=5,
     rangemode="tozero" if panel.from_zero else "normal",
-    **({"tickformat": ".0%"} if panel.percent else {}),
+    **({"tickformat": "~%"} if panel.percent else {}),
   )
 
 
@@ -630,7 +630,7 @@ def _histogram(run: Run, labelled_pixels: Sequence[int]) -> Figure | None:
       bargap=0.25,
       hovermode="y unified",
       showlegend=len(bars) > 1,
-      xaxis=_titled("share of the pixels", tickformat=".0%", nticks=6),
+      xaxis=_titled("share of the pixels", tickformat="~%", nticks=6),
       yaxis=_axis(autorange="reversed", showgrid=False, dtick=1),
     ),
     height=max(260, 110 + 26 * len(classes)),
@@ -771,9 +771,9 @@ def calibration_figure(summary: Mapping[str, Any]) -> Figure | None:
         unifiedhovertitle={"text": "confidence %{x:.3f}"},
       ),
       yaxis=_titled(
-        "accuracy", domain=[0.36, 1], range=[0, 1.02], tickformat=".0%"
+        "accuracy", domain=[0.36, 1], range=[0, 1.02], tickformat="~%"
       ),
-      yaxis2=_titled("pixels", domain=[0, 0.26], tickformat=".0%", nticks=3),
+      yaxis2=_titled("pixels", domain=[0, 0.26], tickformat="~%", nticks=3),
     ),
     height=420,
   )
@@ -840,7 +840,7 @@ def comparison_figures(
           showlegend=True,
           xaxis=_step_axis(_last_step(runs)),
           yaxis=_titled(
-            "", nticks=6, **({"tickformat": ".0%"} if percent else {})
+            "", nticks=6, **({"tickformat": "~%"} if percent else {})
           ),
         ),
         height=420 if stem == "miou" else 340,
