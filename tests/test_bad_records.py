@@ -498,6 +498,7 @@ def unlabelled_batches(config):
     return [[UNLABELLED[i] for i in batch["index"]] for batch in found]
 
 
+@pytest.mark.slow
 def test_a_run_that_skips_ends_the_same_however_it_got_there(
   root, tmp_path, loop, caplog
 ):

@@ -40,6 +40,7 @@ def program(workload, case):
   return workload.build(case)
 
 
+@pytest.mark.slow
 def test_what_is_timed_outside_the_network_is_the_step(workload, case, program):
   batches = workload.random_batches(case, np.random.default_rng(0))
   state = program.create_state()

@@ -496,6 +496,7 @@ def test_two_processes_are_one_on_the_same_data(two, trained_run):
     assert_close(found, expected, step)
 
 
+@pytest.mark.slow
 def test_one_process_of_two_devices_goes_on_bit_by_bit(two):
   """From the end of the warm-up: the semi-supervised steps are the same."""
   workdir, _ = two

@@ -269,6 +269,7 @@ def test_only_large_convolutions_run_as_products():
   assert is_convolution(16)
 
 
+@pytest.mark.slow
 def test_network_with_products_is_the_same_network(monkeypatch):
   monkeypatch.setattr(convolution, "_WORTH_PRODUCTS", 0)
   images = jax.random.normal(jax.random.key(0), (2, 65, 65, 3))

@@ -34,6 +34,7 @@ def predict(config, network, *, num_devices=1, **changes):
   )
 
 
+@pytest.mark.slow
 def test_the_peak_is_within_a_fifth_of_the_compilers(config, network):
   program = build_lib.build(
     config, build_lib.DataSpec(6, (120.0,) * 3, (60.0,) * 3, 8)

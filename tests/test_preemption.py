@@ -78,6 +78,7 @@ def newest(workdir):
 
 
 @pytest.mark.usefixtures("fake_steps", "miou")
+@pytest.mark.slow
 def test_stopped_everywhere_equals_uninterrupted(root, tmp_path, monkeypatch):
   # They take seconds, and are no matter of when a run stops.
   monkeypatch.setattr(report, "write_stats", lambda _: None)

@@ -378,6 +378,7 @@ def test_contenders_keep_their_checkpoints(
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_interrupted_around_a_reduction_equals_uninterrupted(
   root, tmp_path, monkeypatch
 ):

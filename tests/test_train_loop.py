@@ -269,6 +269,7 @@ def test_finished_run_is_left_alone(root, finished, tmp_path, caplog):
 # -- Going on ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_interrupted_twice_equals_uninterrupted(
   root, finished, tmp_path, monkeypatch
 ):
@@ -485,6 +486,7 @@ def fake_evaluation(miou):
 @pytest.mark.parametrize(
   "every, expected", [(2, [8, 16, 20]), (1, [4, 8, 12, 16, 20])]
 )
+@pytest.mark.slow
 def test_intervals_in_epochs(
   root, tmp_path, fake_steps, monkeypatch, every, expected
 ):

@@ -37,16 +37,7 @@ QUIRKS = {
   "paper": frozenset({"teacher_cold_start"}),
 }
 RUNS = [
-  pytest.param(
-    path,
-    variant,
-    id=f"{path.stem}-{variant}",
-    # Always the method as it is, in the well-conditioned run, in float64; the
-    # others, two minutes each, where time is no matter.
-    marks=[]
-    if X64 and "_D" in path.stem and variant == "paper"
-    else [pytest.mark.slow],
-  )
+  pytest.param(path, variant, id=f"{path.stem}-{variant}")
   for path in fixtures("trajectory_*.npz")
   for variant in QUIRKS
 ]
@@ -284,6 +275,7 @@ def iterate(recorded, quirks):
     yield recipe, state, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path,variant", RUNS)
 def test_run(path, variant):
   recorded = Recorded(path, variant)
