@@ -6,6 +6,7 @@ Threads, processes and hosts only share out the work.
 """
 
 import collections
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 
 import cv2
 import grain
@@ -158,7 +159,7 @@ def make_train_stream(
       worker_init_fn=_init_worker,
     )
   return _Stream(
-    iter(stream), copy=num_workers > 0, on_bad_record=on_bad_record
+    iter(stream), has_workers=num_workers > 0, on_bad_record=on_bad_record
   )
 
 
@@ -276,7 +277,7 @@ class _Stream:
     self,
     iterator: grain.DatasetIterator,
     *,
-    copy: bool = False,
+    has_workers: bool = False,
     on_bad_record: Callable[[str, str], None] | None = None,
   ):
     # The threads and processes here are the parallelism; OpenCV's own threads
@@ -285,7 +286,8 @@ class _Stream:
     # A list, to take the iterator out of: grain's iterators clean up once more
     # when they are deleted, which at exit comes too late and prints tracebacks.
     self._open = [iterator]
-    self._copy = copy
+    self._has_workers = has_workers
+    self._has_started = False
     self._on_bad_record = on_bad_record
     # Runs at close, when nobody holds the stream any more, or at exit while
     # modules are still there.
@@ -297,14 +299,23 @@ class _Stream:
   def __next__(self) -> Batch:
     if not self._open:
       raise ValueError("the stream of batches is closed")
-    batch = dict(next(self._open[0]))
+    batch = dict(self._next())
     if bad := batch.pop(_BAD, ()):
       self._report(bad, is_lost=not batch)
-    if self._copy:
+    if self._has_workers:
       # Batches of another process lie in shared memory that ends with the
       # array: a device could still be reading it, and what is alive when the
       # interpreter exits prints a traceback.
       batch = {key: np.array(value) for key, value in batch.items()}
+    return batch
+
+  def _next(self) -> Mapping:
+    if not self._has_workers or self._has_started:
+      return next(self._open[0])
+    # grain starts its workers when it is first asked for something.
+    with _starting_workers():
+      batch = next(self._open[0])
+    self._has_started = True
     return batch
 
   def _report(self, bad: Sequence[tuple[str, str]], *, is_lost: bool) -> None:
@@ -613,6 +624,24 @@ def _init_worker(worker_index: int, worker_count: int) -> None:
   # grain's workers wait for ever for a parent that was killed; a run that is
   # preempted must not leave them behind.
   threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _starting_workers() -> Iterator[None]:
+  """Blocks SIGTERM, for good in workers that are started in here.
+
+  A cluster sends it to all processes, and the parent needs its workers until it
+  has stopped; it ends them itself. What is blocked in a thread, the threads and
+  processes that it starts inherit. The parent hears the signal in another
+  thread, or afterwards.
+  """
+  # To start this takes unblocking the signal, in the thread that needs it.
+  resource_tracker.ensure_running()
+  blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _exit_with_parent() -> None:

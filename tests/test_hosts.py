@@ -24,6 +24,7 @@ import pytest
 from configs import testing
 from input_pipeline import ConfigError, decode
 from input_pipeline.dataset_config import load_info, prepare_dataset
+from tests import pretended
 from u2pl_jax import checkpoint, checksum, distributed
 from u2pl_jax import data as data_lib
 from u2pl_jax.checkpoint import read_checkpoint
@@ -38,8 +39,11 @@ STEPS_PER_EPOCH = 4
 LIMIT, LIMIT_OF_GRADIENT = 1e-5, 3e-3
 
 
-def start(module, processes, devices, *arguments, own=()):
-  """Starts processes of `devices` each; `own` are flags of one each."""
+def start(module, processes, devices, *arguments, own=(), groups=False):
+  """Starts processes of `devices` each; `own` are flags of one each.
+
+  With `groups` each is the first of a process group, with what it starts.
+  """
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -54,21 +58,17 @@ def start(module, processes, devices, *arguments, own=()):
       ]
     if own:
       flags += own[index]
-    count = f"--xla_force_host_platform_device_count={devices}"
     started.append(
       subprocess.Popen(
         [sys.executable, "-m", module, *arguments, *flags],
         cwd=_ROOT,
-        env=os.environ
-        | {
-          "XLA_FLAGS": f"{count} --xla_backend_optimization_level=0",
-          # Threads of the CPU: XLA takes one a device at least, and sums over
-          # them in another order.
-          "NPROC": "4",
-        },
+        # NPROC are threads of the CPU: XLA takes one a device at least, and
+        # sums over them in another order.
+        env=pretended.environment(devices, NPROC="4"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=groups,
       )
     )
   return started
@@ -89,7 +89,7 @@ def finish(started, code=0):
   return found
 
 
-def start_training(folder, processes, devices, *arguments, own=()):
+def start_training(folder, processes, devices, *arguments, **options):
   """Trains configs/testing.py in folder/run, of the data in folder/../data."""
   return start(
     "tests.host_runs",
@@ -103,7 +103,7 @@ def start_training(folder, processes, devices, *arguments, own=()):
     "--config.log.report_images=0",
     "--config.log.images_every_epochs=0",
     *arguments,
-    own=own,
+    **options,
   )
 
 
@@ -522,16 +522,23 @@ def test_error_of_one_process_ends_all(two):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_process_stops_both(two):
+@pytest.mark.parametrize("how", ("to_one", "to_all_and_their_workers"))
+def test_sigterm_stops_both_processes(two, how):
   """At the same step; the same command goes on to the same end."""
   workdir, _ = two
-  folder = workdir.parent.parent / "stopped"
-  started = start_training(folder, 2, 1)
+  folder = workdir.parent.parent / how
+  # Worker processes that read files, which must outlive the signal.
+  workers = ["--config.input.num_workers=1"] if how != "to_one" else []
+  started = start_training(folder, 2, 1, *workers, groups=True)
   metrics = folder / "run" / "metrics.jsonl"
   while not (metrics.exists() and metrics.read_text()):
     assert all(process.poll() is None for process in started)
     time.sleep(0.01)
-  started[1].send_signal(signal.SIGTERM)
+  if how == "to_one":
+    started[1].send_signal(signal.SIGTERM)
+  else:
+    for process in started:
+      os.killpg(process.pid, signal.SIGTERM)
   errors = finish(started, code=75)
   last = [error.splitlines()[-1] for error in errors]
   assert last[0].startswith("error: SIGTERM: stopped after step ")

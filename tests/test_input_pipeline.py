@@ -284,6 +284,59 @@ SCRIPT = """
 """
 
 
+SIGTERM_SCRIPT = """
+  import itertools, os, pathlib, signal, sys, threading, time
+  import input_pipeline as ip
+
+  def terminate():
+    # Before, while and after the workers start.
+    while not stop.wait(0.01):
+      os.killpg(0, signal.SIGTERM)
+
+  if __name__ == "__main__":
+    heard = []
+    signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+    stop = threading.Event()
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    stream = ip.make_train_stream(
+      ip.Layout(sys.argv[1], image_suffix=".png"),
+      ["photo0", "photo1", "photo2"],
+      ip.TrainTransform((16, 16)),
+      batch_size=2,
+      seed=0,
+      with_labels=True,
+      num_classes=5,
+      num_workers=2,
+      num_threads=1,
+    )
+    with stream:
+      kept = list(itertools.islice(stream, 50))
+      stop.set()
+      thread.join()
+    before = len(heard)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(len(kept), before > 10, len(heard) - before)
+"""
+
+
+def test_sigterm_to_the_whole_group_ends_no_worker(dataset, tmp_path):
+  script = tmp_path / "script.py"
+  script.write_text(textwrap.dedent(SIGTERM_SCRIPT))
+  result = subprocess.run(
+    [sys.executable, str(script), str(dataset[0].root)],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    env={**os.environ, "PYTHONPATH": ":".join(p for p in sys.path if p)},
+    start_new_session=True,
+  )
+  assert result.stderr == ""
+  assert result.returncode == 0
+  # All batches; the process itself heard it, and goes on hearing it.
+  assert result.stdout.split() == ["50", "True", "1"]
+
+
 @pytest.mark.parametrize("how", ["leave", "kill"])
 def test_a_process_that_ends_takes_its_workers_with_it(dataset, tmp_path, how):
   script = tmp_path / "script.py"

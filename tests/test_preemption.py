@@ -143,29 +143,6 @@ def test_stopped_everywhere_equals_uninterrupted(root, tmp_path, monkeypatch):
   assert json.loads(page.read_text())["complete_step"] == 20
 
 
-@pytest.mark.usefixtures("fake_steps")
-def test_workers_that_have_ended_first(root, tmp_path, monkeypatch):
-  """The step after 3 gets no batch; so it is with and without a signal."""
-  asked, put, calls = Preemption(), train._put, []
-
-  def put_three(*args):
-    calls.append(args)
-    if len(calls) > 3:
-      asked._signalled = is_signalled
-      raise RuntimeError("a worker is gone")
-    return put(*args)
-
-  monkeypatch.setattr(train, "_put", put_three)
-  is_signalled = False
-  with pytest.raises(RuntimeError, match="a worker is gone"):
-    train.train_and_evaluate(loop.make_config(root), tmp_path, asked)
-  calls.clear()
-  is_signalled = True
-  with pytest.raises(Preempted, match="stopped after step 3 of 20; all is"):
-    train.train_and_evaluate(loop.make_config(root), tmp_path, asked)
-  assert newest(tmp_path) == (3, None)
-
-
 @pytest.mark.parametrize("number", (errno.ENOSPC, errno.EFBIG))
 def test_full_disk_is_one_line(tmp_path, number):
   with pytest.raises(RunError) as info:

@@ -64,11 +64,6 @@ class Preemption:
     )
     threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
-  @property
-  def signalled(self) -> bool:
-    """Whether SIGTERM has come, to this process."""
-    return self._signalled
-
   def reached(self) -> bool:
     """Whether to stop here or has been before; the same on every process.
 

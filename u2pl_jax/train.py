@@ -334,17 +334,9 @@ class _Run:
         distributed.wait_for_all()
       with contextlib.ExitStack() as streams:
         batches = self._batches(step, streams)
-        metrics, finished = {}, self._is_finished(meta)
+        finished = self._is_finished(meta)
         while not finished:
-          try:
-            batch = next(batches)
-          except Exception:
-            # A cluster's SIGTERM ends the workers that read files, too.
-            if not self._preemption.signalled:
-              raise
-            self._check_finite(step, jax.device_get(metrics), {})
-            self._stop(state, meta)
-          state, metrics = self._update(state, batch)
+          state, metrics = self._update(state, next(batches))
           self._preemption.hold()
           in_flight.append(metrics["total_loss"])
           if len(in_flight) > _MAX_IN_FLIGHT:
