@@ -30,6 +30,7 @@ _LONGEST = (
   "test_hosts.py",
   "test_devices.py",
   "test_train_loop.py",
+  "test_chaos.py",
   "test_bad_records.py",
   "test_sweep.py",
   "test_configs.py",

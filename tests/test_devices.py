@@ -1,7 +1,6 @@
 """The number of devices changes no result, and little travels between them."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests import pretended
 from tests.device_runs import NUM_STEPS, RUNS
 from u2pl_jax import collectives, halves
 
@@ -16,16 +16,11 @@ _ROOT = pathlib.Path(__file__).parent.parent
 
 
 def _run(*arguments, devices, x64=False):
-  """A Python process with pretended devices; code is compiled unoptimised."""
-  flags = f"--xla_force_host_platform_device_count={devices}"
+  """A Python process with pretended devices."""
   result = subprocess.run(
     [sys.executable, *arguments],
     cwd=_ROOT,
-    env=os.environ
-    | {
-      "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
-      "JAX_ENABLE_X64": str(int(x64)),
-    },
+    env=pretended.environment(devices, JAX_ENABLE_X64=str(int(x64))),
     capture_output=True,
     text=True,
     timeout=1200,

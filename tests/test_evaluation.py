@@ -1,7 +1,6 @@
 """Protocols on the device, against NumPy and plain loops."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import pretended
 from u2pl_jax import evaluation, sharding
 from u2pl_jax.evaluation import EvalSettings, Protocol
 from u2pl_jax.evaluator import Evaluator
@@ -346,7 +346,7 @@ def test_three_devices_with_a_remainder_are_one():
       "from tests import test_evaluation as t; print(t.counted_on(3, 3))",
     ],
     cwd=pathlib.Path(__file__).parent.parent,
-    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
+    env=pretended.environment(3),
     capture_output=True,
     text=True,
     timeout=300,

@@ -5,13 +5,14 @@ operation that a platform does not have, a callback to the host or a type that
 cannot be turns up.
 """
 
-import os
 import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+
+from tests import pretended
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _NUM_DEVICES = 8
@@ -89,11 +90,10 @@ def check(config, num_classes, eval_shape):
 
 def _run(code):
   """In a process of its own: the number of devices is fixed at its start."""
-  flags = f"--xla_force_host_platform_device_count={_NUM_DEVICES}"
   result = subprocess.run(
     [sys.executable, "-c", code],
     cwd=_ROOT,
-    env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    env=pretended.environment(_NUM_DEVICES),
     capture_output=True,
     text=True,
     timeout=1200,

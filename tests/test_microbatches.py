@@ -119,8 +119,7 @@ def run(config, model, *, microbatches, num_steps=2):
       return supervised(state, batch_l)
     return semi_supervised(state, batch_l, batch_u)
 
-  # Unoptimised code: what is compared is compiled the same way.
-  step = jax.jit(step, compiler_options={"xla_backend_optimization_level": "0"})
+  step = jax.jit(step)
   state, metrics = first_state(), []
   for _ in range(num_steps):
     state, m = step(state)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import pathlib
 import re
 import shlex
@@ -364,6 +363,7 @@ def commands_of(text):
   ]
 
 
+@pytest.mark.slow
 def test_first_ten_minutes(tmp_path):
   text = first_part_of_the_docs()
   commands = commands_of(text)
@@ -386,8 +386,6 @@ def test_first_ten_minutes(tmp_path):
     result = subprocess.run(
       [sys.executable, *command[1:]],
       cwd=tmp_path,
-      # Three steps are no use of optimised code.
-      env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
       capture_output=True,
       text=True,
     )

@@ -1,6 +1,5 @@
 """The photometric augmentation inside the step: who sees what."""
 
-import functools
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs import testing
+from tests import pretended
 from u2pl_jax import build as build_lib
 from u2pl_jax import halves, photometric, rngs, train_step
 from u2pl_jax.config_checks import ConfigError
@@ -76,9 +76,7 @@ def test_the_teacher_sees_clean_images_and_the_student_strong_ones(state):
     )
     return draws, metrics["trace"]
 
-  # Only data flow matters here: compile quickly.
-  step = jax.jit(step, compiler_options={"xla_backend_optimization_level": "0"})
-  draws, trace = jax.device_get(step(state))
+  draws, trace = jax.device_get(jax.jit(step)(state))
   keep = trace["mix_mask"][..., None]
   assert not keep.all()
   box = BATCH_U["valid_box"]
@@ -108,9 +106,7 @@ def test_the_teacher_sees_clean_images_and_the_student_strong_ones(state):
     ).all(-1).sum()
   # The networks did see these images: each of its own makes its output.
 
-  @functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": "0"}
-  )
+  @jax.jit
   def forward(variables, images, key):
     outputs, _ = program.model.apply(
       variables.for_apply(),
@@ -207,7 +203,7 @@ def test_four_devices_equal_one():
   result = subprocess.run(
     [sys.executable, "-c", MULTI_DEVICE],
     cwd=os.path.dirname(os.path.dirname(__file__)),
-    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    env=pretended.environment(4),
     capture_output=True,
     text=True,
     timeout=600,

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from input_pipeline import DataError, storage
+from tests import pretended
 from u2pl_jax import predict
 from u2pl_jax.evaluation import make_predict_step
 from u2pl_jax.models import torch_weights
@@ -293,7 +294,7 @@ def test_devices_share_the_work(trained_run, tmp_path):
       *(f"--output={tmp_path}/three", "--batch=4"),
     ],
     cwd=REPOSITORY,
-    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
+    env=pretended.environment(3),
     capture_output=True,
     text=True,
     timeout=200,
