@@ -11,7 +11,8 @@ weights. Both step functions are compiled and timed as the trainer runs them;
 the phases each on their own, so they need not add up to the whole. Beside each
 stands its floor at the rates of large products and copies, measured first
 (scripts/roofline.py); a share of the product rate of 100 % is out of reach
-where bytes take longer.
+where bytes take longer. For a recipe the hours follow that its whole schedule
+takes at these times.
 """
 
 import bench_workload as workload  # isort: skip
@@ -65,6 +66,18 @@ def measure(case, device, repeats, *, phases=True):
   return rows
 
 
+def projected_hours(steps, rows):
+  """Of a schedule, (supervised, semi-supervised) steps, at the times of rows.
+
+  Input that keeps up costs nothing; evaluations are left out.
+  """
+  names = ("supervised step", "semi-supervised step")
+  return (
+    sum(n * rows[name].timing.ms for n, name in zip(steps, names, strict=True))
+    / 3.6e6
+  )
+
+
 def table(case, device, repeats, rows):
   """The rows as text, 80 columns wide."""
   dtype = case.config.model.dtype
@@ -90,6 +103,13 @@ def table(case, device, repeats, rows):
     f"{images * 1e3 / step.ms:.2f} images/s, peak memory by the compiler"
     f" {step.peak_bytes / 1e9:.2f} GB"
   )
+  if case.steps is not None:
+    supervised, semi = case.steps
+    hours = projected_hours(case.steps, rows)
+    lines.append(
+      f"the preset's schedule of {supervised} supervised and {semi}"
+      f" semi-supervised steps: {hours:.1f} h, without evaluations"
+    )
   stats = jax.devices()[0].memory_stats()
   if stats and "peak_bytes_in_use" in stats:
     lines.append(
@@ -132,6 +152,12 @@ def main():
       {
         "case": case.name,
         "device": dataclasses.asdict(device),
+        "schedule": case.steps
+        and {
+          "supervised_steps": case.steps[0],
+          "semi_supervised_steps": case.steps[1],
+          "hours": projected_hours(case.steps, rows),
+        },
         "rows": {
           name: row.timing._asdict()
           | {"flops": row.flops, "floor_ms": row.floor_ms}

@@ -119,10 +119,25 @@ def test_presets(workload):
   )
   assert city.config.supervised.loss == "ohem"
   assert city.config.supervised.aux_weight == 0.4
+  # 80 epochs of 9118 images, one supervised, and 200 of 2231, 20 supervised.
+  assert voc.steps == (570, 79 * 570)
+  assert city.steps == (20 * 139, 180 * 139)
   mid = workload.cases("cpu-mid")
+  assert all(x.steps is None for x in mid)
   assert [x.crop for x in mid] == [(129, 129), (257, 257)]
   small = workload.cases("voc", batch=8, microbatches=4, remat=True)[0]
   assert "8+8 images of 513x513 in 4 micro-batches, remat" in small.name
+
+
+def test_hours_of_a_schedule(workload):
+  import bench_step
+
+  def row(ms):
+    timing = workload.Timing(ms=ms, compile_s=0.0, peak_bytes=0)
+    return bench_step.Row(timing, flops=1.0, floor_ms=1.0)
+
+  rows = {"supervised step": row(3600.0), "semi-supervised step": row(7200.0)}
+  assert bench_step.projected_hours((1000, 500), rows) == pytest.approx(2.0)
 
 
 @pytest.mark.slow
