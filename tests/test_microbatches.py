@@ -193,6 +193,7 @@ def test_a_supervised_step_mines_in_the_whole_batch():
   assert_close(state.student, expected_state.student, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_parts_with_the_same_images_equal_the_whole(monkeypatch):
   """Their statistics are those of the batch: nothing is left to differ."""
   config = make_config(**{"strong.mix": "none"})

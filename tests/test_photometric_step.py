@@ -47,6 +47,7 @@ def state():
   return build_lib.build(get_config(1.0), DATA).create_state()
 
 
+@pytest.mark.slow
 def test_the_teacher_sees_clean_images_and_the_student_strong_ones(state):
   program = build_lib.build(get_config(1.0), DATA)
   recipe = program.recipe

@@ -36,6 +36,7 @@ def real_step(program):
   return jax.device_get(result)
 
 
+@pytest.mark.slow
 def test_the_run_uses_the_compilation_and_gets_the_same_numbers():
   config = testing.get_config()
   program = build_lib.build(config, DATA)

@@ -23,7 +23,7 @@ from PIL import Image
 
 from configs import testing
 from input_pipeline import DataError, dataset_info
-from u2pl_jax import advice, checkpoint, train, writers
+from u2pl_jax import advice, checkpoint, run_stats, train, writers
 from u2pl_jax import data as data_lib
 from u2pl_jax.build import DataSpec, build
 from u2pl_jax.checkpoint import CheckpointError, Checkpoints
@@ -399,6 +399,8 @@ def fake_steps(monkeypatch, no_tensorflow):
     )
 
   monkeypatch.setattr(train, "build", fake_build)
+  # Made-up curves need no pictures, which take seconds a run.
+  monkeypatch.setattr(run_stats, "_write_plots", lambda *_: None)
   return broken
 
 

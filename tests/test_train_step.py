@@ -192,6 +192,7 @@ def test_padding_gets_no_pseudo_label_unless_published():
   )
 
 
+@pytest.mark.slow
 def test_every_quirk_at_once_runs_and_changes_the_step():
   config = testing.get_config()
   config.quirks = ",".join(train_step.QUIRKS)

@@ -82,8 +82,15 @@ def torch_state(variables, *, shift=0.0, encoder_only=False, prefix=""):
 # -- The same network ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("stem", ["deep", "conv7"])
-@pytest.mark.parametrize("backbone", ["resnet50", "resnet101"])
+@pytest.mark.parametrize(
+  ("backbone", "stem"),
+  [
+    ("resnet50", "conv7"),
+    ("resnet101", "deep"),
+    pytest.param("resnet50", "deep", marks=pytest.mark.slow),
+    pytest.param("resnet101", "conv7", marks=pytest.mark.slow),
+  ],
+)
 def test_converted_weights_give_the_same_outputs(tmp_path, backbone, stem):
   """Through the command, against an independent network in torch."""
   network = random_network(backbone, stem, num_classes=5)
