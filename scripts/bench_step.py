@@ -107,8 +107,8 @@ def table(case, device, repeats, rows):
     supervised, semi = case.steps
     hours = projected_hours(case.steps, rows)
     lines.append(
-      f"the preset's schedule of {supervised} supervised and {semi}"
-      f" semi-supervised steps: {hours:.1f} h, without evaluations"
+      f"the schedule of {supervised} supervised and {semi} other steps:"
+      f" {hours:.1f} h without evaluations"
     )
   stats = jax.devices()[0].memory_stats()
   if stats and "peak_bytes_in_use" in stats:

@@ -179,20 +179,20 @@ def read_places(text: str) -> dict[str, str]:
 def table(profile: Profile, num_shown: int = _NUM_SHOWN) -> str:
   """The kernels that take most, as text."""
   lines = [
-    f"{'ms':>9}{'share':>7}{'calls':>8}  kernel, and where most of it is"
+    f"{'ms':>9}{'share':>7}{'calls':>10}  kernel, and where most of it is"
   ]
   for kernel in profile.kernels[:num_shown]:
     lines.append(
-      f"{kernel.ms:>9.2f}{kernel.ms / profile.ms:>7.1%}{kernel.calls:>8.4g}"
+      f"{kernel.ms:>9.2f}{kernel.ms / profile.ms:>7.1%}{kernel.calls:>10.1f}"
       f"  {kernel.name}"
     )
     if kernel.where:
-      lines.append(f"{'':26}{kernel.where}")
+      lines.append(f"{'':28}{kernel.where}")
   rest = profile.kernels[num_shown:]
   if rest:
     ms, calls = sum(k.ms for k in rest), sum(k.calls for k in rest)
     lines.append(
-      f"{ms:>9.2f}{ms / profile.ms:>7.1%}{calls:>8.4g}  {len(rest)} others"
+      f"{ms:>9.2f}{ms / profile.ms:>7.1%}{calls:>10.1f}  {len(rest)} others"
     )
   return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """scripts/bench_*.py: what they time is the step, on a small one."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import multiprocessing
 import pathlib
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs import testing
-from u2pl_jax import build, halves
+from u2pl_jax import build, halves, roofline
 
 _SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
 
@@ -138,6 +139,12 @@ def test_hours_of_a_schedule(workload):
 
   rows = {"supervised step": row(3600.0), "semi-supervised step": row(7200.0)}
   assert bench_step.projected_hours((1000, 500), rows) == pytest.approx(2.0)
+  voc = dataclasses.replace(workload.cases("voc")[0], steps=(1000, 500))
+  device = roofline.Device("x", {"bfloat16": 1.0}, 1.0, "made up", 1.0, 1.0)
+  text = bench_step.table(voc, device, 1, rows)
+  (line,) = (x for x in text.splitlines() if "schedule" in x)
+  assert line.startswith("the schedule of 1000 supervised and 500 other steps:")
+  assert line.endswith(" 2.0 h without evaluations") and len(line) <= 80
 
 
 @pytest.mark.slow
