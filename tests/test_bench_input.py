@@ -1,25 +1,13 @@
 """scripts/bench_input.py: both sides do what they say, on small files."""
 
-import importlib.util
-import pathlib
-
+import bench_input as bench
 import numpy as np
 import pytest
 from PIL import Image
 
-_PATH = pathlib.Path(__file__).parent.parent / "scripts" / "bench_input.py"
-
-
-@pytest.fixture(scope="module")
-def bench():
-  spec = importlib.util.spec_from_file_location("bench_input", _PATH)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_both_sides_read_the_same_files_into_crops(bench, tmp_path, suffix):
+def test_both_sides_read_the_same_files_into_crops(tmp_path, suffix):
   case = bench.Case("tiny", (40, 56), suffix, 33, num_files=2, demand=10)
   layout, ids = bench.write_files(str(tmp_path), case)
   with Image.open(layout.image_path(ids[0])) as photo:
@@ -37,7 +25,7 @@ def test_both_sides_read_the_same_files_into_crops(bench, tmp_path, suffix):
   assert row["image"].shape == (16, 33, 33, 3)
 
 
-def test_the_table_by_hand(bench):
+def test_the_table_by_hand():
   case = bench.Case("tiny", (40, 56), ".jpg", 33, num_files=2, demand=90)
   best = {
     "reference": 10.0,
@@ -65,7 +53,7 @@ def test_the_table_by_hand(bench):
     assert text in table
 
 
-def test_noise_has_the_slope_that_was_asked_for(bench):
+def test_noise_has_the_slope_that_was_asked_for():
   noise = bench.smooth_noise(np.random.default_rng(0), (64, 128), 1.5)
   assert abs(noise.mean()) < 1e-9 and abs(noise.std() - 1) < 1e-9
   power = np.abs(np.fft.rfft(noise, axis=1)).mean(0)

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 
+import init_dataset
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,17 +18,6 @@ from tests import data_trees
 from u2pl_jax.config_checks import check_config
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-
-def load_module(path):
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[path.stem] = module
-  spec.loader.exec_module(module)
-  return module
-
-
-init_dataset = load_module(ROOT / "scripts/init_dataset.py")
 
 
 def write_images(folder, ids, suffix=".jpg"):
@@ -60,7 +50,10 @@ def run(root, *arguments):
 
 
 def load_config(path, arg=None):
-  return load_module(path).get_config(arg)
+  spec = importlib.util.spec_from_file_location("config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(arg)
 
 
 def refused(capsys, root, *arguments):
