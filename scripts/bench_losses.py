@@ -149,11 +149,12 @@ def parts(case, program, outputs, rng):
   }
 
 
-def time_part(function, args, bank, repeats):
+def time_part(name, function, args, bank, repeats):
   """Median ms of a part; with the first argument None it feeds the bank."""
+  workload.tell_compiling(name)
   if args[0] is not None:
     run = jax.jit(function).lower(*args).compile()
-    return workload.median_ms(run, repeats, *args)
+    return workload.median_ms(name, run, repeats, *args)
   run = jax.jit(function, donate_argnums=0)
   run = run.lower(bank, *args[1:]).compile()
 
@@ -162,7 +163,7 @@ def time_part(function, args, bank, repeats):
     (loss, bank), gradient = run(bank, *args[1:])
     return loss, gradient, bank
 
-  return workload.median_ms(feed, repeats)
+  return workload.median_ms(name, feed, repeats)
 
 
 def main():
@@ -180,10 +181,12 @@ def main():
     step, state = workload.outside_network(
       case, program, outputs, workload.random_outputs(case, rng)
     )
+    whole = "everything, as in the step"
+    workload.tell_compiling(whole)
     compiled = step.lower(state, *batches).compile()
-    whole_ms, state = workload.step_ms(compiled, state, batches, repeats)
+    whole_ms, state = workload.step_ms(whole, compiled, state, batches, repeats)
     times = {
-      name: time_part(function, args, state.memory_bank, repeats)
+      name: time_part(name, function, args, state.memory_bank, repeats)
       for name, (function, args) in parts(case, program, outputs, rng).items()
     }
     floor = next(
@@ -199,7 +202,7 @@ def main():
     print(case.name)
     print(workload.device_line(device, case.config.model.dtype))
     print(f"median of {repeats}; floor of the whole {floor_ms:.2f} ms")
-    for name, ms in (*times.items(), ("everything, as in the step", whole_ms)):
+    for name, ms in (*times.items(), (whole, whole_ms)):
       print(f"{name:<32}{ms:>10.2f} ms")
     print(flush=True)
     result.append(

@@ -37,6 +37,7 @@ import types
 import numpy as np
 
 from input_pipeline.command_line import fail, write_json
+from input_pipeline.parallel import progress
 from u2pl_jax.xla_flags import set_xla_flags
 
 # Here, and in `bench_workload.timings`.
@@ -220,6 +221,13 @@ def import_published(upstream):
   return train_semi, [name for name in missing if "." not in name]
 
 
+def run_ours(case, repeats):
+  """{name: ms} of `bench_workload.timings`; for a process of its own."""
+  set_xla_flags()
+  timings = workload.timings(case, repeats)
+  return {name: timing.ms for name, timing in timings.items()}
+
+
 def run_published(job):
   """Times the published code; for a process of its own.
 
@@ -240,7 +248,7 @@ def run_published(job):
   train_semi.cfg = published_config(job)
   published = Published(job, train_semi, device)
   result = published.time_network()
-  result["losses"] = published.time_losses()
+  result |= published.time_losses()
   name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
   result["info"] = (
     f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads"
@@ -259,12 +267,12 @@ def synchronised():
 
 
 class Loader:
-  """Gives the same batch for ever; notes when it is asked for one."""
+  """Gives the same batch for ever; says when it is asked for one."""
 
   sampler = types.SimpleNamespace(set_epoch=lambda epoch: None)
 
-  def __init__(self, batch, length):
-    self.batch, self.length, self.times = batch, length, []
+  def __init__(self, batch, length, asked=lambda: None):
+    self.batch, self.length, self.asked = batch, length, asked
 
   def __len__(self):
     return self.length
@@ -274,7 +282,7 @@ class Loader:
 
   def next(self):
     """As the iterators of old versions of torch have it."""
-    self.times.append(synchronised())
+    self.asked()
     return self.batch
 
   __next__ = next
@@ -284,11 +292,18 @@ def strong_network(network, device):
   """In bfloat16, channels_last and compiled; outputs in float32."""
   import torch
 
+  # Half a dozen programs: two sizes, training or not, with gradients or not,
+  # and the averages of the teacher have other strides than its first weights.
+  # Beyond the limit torch would go on without compiling.
+  torch._dynamo.config.recompile_limit = 32
+  torch._dynamo.config.fail_on_recompile_limit_hit = True
+
   class Strong(torch.nn.Module):
     def __init__(self):
       super().__init__()
+      # A program for each size: one for both would be slower.
       self.network = torch.compile(
-        network.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last), dynamic=False
       )
 
     def forward(self, images):
@@ -344,8 +359,8 @@ class Published:
     large = torch.nn.functional.interpolate(coarse, size=size)
     return large[:, 0].long().to(self.device)
 
-  def training_ms(self, student, teacher, groups):
-    """Median of a step of the published train()."""
+  def training_ms(self, name, student, teacher, groups):
+    """{name: median of a step of the published train()}."""
     import torch
 
     train_semi, job = self.train_semi, self.job
@@ -354,36 +369,47 @@ class Published:
     settings = train_semi.cfg["trainer"]
     optimizer = train_semi.get_optimizer(groups, settings["optimizer"])
     length = self.WARMUP + job.repeats
-    labelled = Loader((self.images_l, self.labels), length)
+    times = []
+
+    def asked():
+      times.append(synchronised())
+      # The first time no step is behind it.
+      bar.update(min(len(times) - 1, 1))
+
     silent = types.SimpleNamespace(
       info=lambda *_: None, add_scalar=lambda *_: None
     )
-    train_semi.train(
-      student,
-      teacher,
-      optimizer,
-      train_semi.get_scheduler(settings, length, optimizer),
-      train_semi.get_criterion(train_semi.cfg),
-      labelled,
-      Loader((self.images_u, None), length),
-      1,
-      silent,
-      silent,
-      [[torch.randn(size, 256)] for size in job.capacities],
-      [torch.zeros(1, dtype=torch.long) for _ in job.capacities],
-      list(job.capacities),
-    )
-    times = np.diff([*labelled.times, synchronised()])
-    return 1e3 * statistics.median(times[self.WARMUP :])
+    with progress(length, f"published {name}", "step") as bar:
+      train_semi.train(
+        student,
+        teacher,
+        optimizer,
+        train_semi.get_scheduler(settings, length, optimizer),
+        train_semi.get_criterion(train_semi.cfg),
+        Loader((self.images_l, self.labels), length, asked),
+        Loader((self.images_u, None), length),
+        1,
+        silent,
+        silent,
+        [[torch.randn(size, 256)] for size in job.capacities],
+        [torch.zeros(1, dtype=torch.long) for _ in job.capacities],
+        list(job.capacities),
+      )
+      bar.update()
+    samples = np.diff([*times, synchronised()])
+    return {name: 1e3 * statistics.median(samples[self.WARMUP :])}
 
-  def median_ms(self, run):
-    """Median of a phase."""
+  def median_ms(self, name, run):
+    """{name: median of a phase}."""
     samples = []
-    for _ in range(self.WARMUP + self.job.repeats):
-      begin = synchronised()
-      run()
-      samples.append(synchronised() - begin)
-    return 1e3 * statistics.median(samples[self.WARMUP :])
+    length = self.WARMUP + self.job.repeats
+    with progress(length, f"published {name}", "run") as bar:
+      for _ in range(length):
+        begin = synchronised()
+        run()
+        samples.append(synchronised() - begin)
+        bar.update()
+    return {name: 1e3 * statistics.median(samples[self.WARMUP :])}
 
   def time_network(self):
     """Milliseconds of the whole step, and of the passes of the networks."""
@@ -405,7 +431,7 @@ class Published:
     if job.opponent == "strong":
       networks = [strong_network(x, self.device) for x in networks]
     student, teacher = networks
-    result = {"step": self.training_ms(student, teacher, groups)}
+    result = self.training_ms("step", student, teacher, groups)
 
     @torch.no_grad()
     def clean():
@@ -426,16 +452,16 @@ class Published:
       sum(x.sum() for x in student(self.images).values()).backward()
 
     teacher.eval()
-    result["teacher, clean images"] = self.median_ms(clean)
+    result |= self.median_ms("teacher, clean images", clean)
     teacher.train()
-    result["teacher, strong view"] = self.median_ms(strong_view)
+    result |= self.median_ms("teacher, strong view", strong_view)
     student.train()
-    result["student, both ways"] = self.median_ms(both_ways)
+    result |= self.median_ms("student, both ways", both_ways)
     self.outputs = strong_view()
     return result
 
   def time_losses(self):
-    """Milliseconds of train() with the outputs of the networks given."""
+    """The same of train() with the outputs of the networks given."""
     import torch
 
     # As bench_workload.random_outputs: logits that tell the classes a little.
@@ -457,7 +483,14 @@ class Published:
 
     student, teacher = tables(), tables()
     groups = [{"params": student.parameters(), "lr": 0.0}]
-    return self.training_ms(student, teacher, groups)
+    return self.training_ms("losses", student, teacher, groups)
+
+
+def alone(function, *args):
+  """function(*args), in a process whose memory and threads end with it."""
+  spawn = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+    return pool.submit(function, *args).result()
 
 
 def main():
@@ -480,21 +513,16 @@ def main():
     fail(f"--upstream={upstream}: there is no train_semi.py in it")
   if importlib.util.find_spec("torch") is None:
     fail("torch is not installed: requirements-test.txt names the version")
-  set_xla_flags()
-  # Both live on one device: none takes memory that it does not use.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   # Of several sizes the first: a run is one comparison.
   case, *_ = workload.cases(
     options.preset, sizes=options.size, batch=options.batch
   )
-  ours = {
-    name: x.ms for name, x in workload.timings(case, options.repeats).items()
-  }
-  # Another process, so that neither has the other's threads and memory.
-  spawn = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
-    published = job(case, options.opponent, upstream, options.repeats)
-    theirs = pool.submit(run_published, published).result()
+  ours = alone(run_ours, case, options.repeats)
+  # Should the other side fail, for want of memory say, these are known.
+  times = (f"{name} {ours[own_name]:.1f}" for name, own_name in ROWS.items())
+  print(f"ours, ms: {', '.join(times)}", file=sys.stderr, flush=True)
+  published = job(case, options.opponent, upstream, options.repeats)
+  theirs = alone(run_published, published)
   rows = {
     name: {
       "ours_ms": ours[own_name],

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from configs import cityscapes_744, common, voc_1464
+from input_pipeline import parallel
 from u2pl_jax import build as build_lib
 from u2pl_jax import ema, halves, roofline, step_shapes
 from u2pl_jax.memory_bank import MemoryBank
@@ -352,10 +353,11 @@ def _passes(
     )
     return outputs
 
-  def both_ways(student: Variables, images: Array) -> Any:
+  def both_ways(student: Variables, images: Array, factor: Array) -> Any:
     def scalar(params: Any) -> Array:
       outputs = strong_view(student.replace(params=params), images)
-      return sum(x.sum() for x in jax.tree.leaves(outputs))
+      # The compiler takes long to add up gradients that it knows to be one.
+      return factor * sum(x.sum() for x in jax.tree.leaves(outputs))
 
     return jax.grad(scalar)(student.params)
 
@@ -370,7 +372,10 @@ def _passes(
   return {
     "teacher, clean images": (clean_images, (state.teacher, images[:num_u])),
     "teacher, strong view": (strong_view, (state.teacher, images)),
-    "student, both ways": (both_ways, (state.student, images)),
+    "student, both ways": (
+      both_ways,
+      (state.student, images, jnp.ones(())),
+    ),
     "optimiser and average": (update, (state,)),
   }
 
@@ -406,7 +411,10 @@ def timings(
   state = state.replace(memory_bank=full(state.memory_bank))
   result = {}
 
-  def compiled(function: Callable, *args: Any) -> tuple[Callable, Callable]:
+  def compiled(
+    name: str, function: Callable, *args: Any
+  ) -> tuple[Callable, Callable]:
+    tell_compiling(name)
     begin = time.perf_counter()
     run = function.lower(*args).compile()
     compile_s = time.perf_counter() - begin
@@ -414,37 +422,54 @@ def timings(
 
   if phases:
     for name, (function, args) in _passes(case, program, state).items():
-      run, timing = compiled(jax.jit(function), *args)
-      result[name] = timing(median_ms(run, repeats, *args))
+      run, timing = compiled(name, jax.jit(function), *args)
+      result[name] = timing(median_ms(name, run, repeats, *args))
     step, tables = outside_network(
       case, program, *(random_outputs(case, rng) for _ in range(2))
     )
-    run, timing = compiled(step, tables, *batches)
-    ms, _ = step_ms(run, tables, batches, repeats)
-    result["outside the network"] = timing(ms)
+    name = "outside the network"
+    run, timing = compiled(name, step, tables, *batches)
+    ms, _ = step_ms(name, run, tables, batches, repeats)
+    result[name] = timing(ms)
     del tables
   for name, step, halves_of_batch in (
     ("supervised step", program.supervised_step, batches[:1]),
     ("semi-supervised step", program.semi_supervised_step, batches),
   ):
-    run, timing = compiled(step, state, *halves_of_batch)
-    ms, state = step_ms(run, state, halves_of_batch, repeats)
+    run, timing = compiled(name, step, state, *halves_of_batch)
+    ms, state = step_ms(name, run, state, halves_of_batch, repeats)
     result[name] = timing(ms)
   return result
 
 
-def median_ms(run: Callable[..., Any], repeats: int, *args: Any) -> float:
-  """Median of `repeats` calls with `args`, after two that do not count."""
+def tell_compiling(name: str) -> None:
+  """A line on stderr: nothing else is seen for up to minutes."""
+  print(f"{name}: compiling", file=sys.stderr, flush=True)
+
+
+def median_ms(
+  name: str, run: Callable[..., Any], repeats: int, *args: Any
+) -> float:
+  """Median of `repeats` calls with `args`, after two that do not count.
+
+  Args:
+    name: of the progress bar.
+    run: what is timed, until its results are there.
+    repeats: calls that count.
+    *args: of each call.
+  """
   samples = []
-  for _ in range(2 + repeats):
-    begin = time.perf_counter()
-    jax.block_until_ready(run(*args))
-    samples.append(time.perf_counter() - begin)
+  with parallel.progress(2 + repeats, name, "run") as bar:
+    for _ in range(2 + repeats):
+      begin = time.perf_counter()
+      jax.block_until_ready(run(*args))
+      samples.append(time.perf_counter() - begin)
+      bar.update()
   return 1e3 * statistics.median(samples[2:])
 
 
 def step_ms(
-  step: Callable, state: TrainState, batches: tuple, repeats: int
+  name: str, step: Callable, state: TrainState, batches: tuple, repeats: int
 ) -> tuple[float, TrainState]:
   """Median of a step that donates its state; and the last state."""
 
@@ -453,7 +478,7 @@ def step_ms(
     state, metrics = step(state, *batches)
     return state, metrics
 
-  return median_ms(run, repeats), state
+  return median_ms(name, run, repeats), state
 
 
 def measured_device(dtype: str) -> roofline.Device:
@@ -462,10 +487,10 @@ def measured_device(dtype: str) -> roofline.Device:
   size = 2048 if on_cpu else 8192
   a = jnp.ones((size, size), jnp.dtype(dtype))
   product = jax.jit(jnp.matmul).lower(a, a).compile()
-  flops = 2 * size**3 / (1e-3 * median_ms(product, 5, a, a))
+  flops = 2 * size**3 / (1e-3 * median_ms("rate of products", product, 5, a, a))
   x = jnp.zeros((64 if on_cpu else 1024) * 2**20 // 4)
   copy = jax.jit(lambda x: x + 1).lower(x).compile()
-  num_bytes = 2 * x.nbytes / (1e-3 * median_ms(copy, 5, x))
+  num_bytes = 2 * x.nbytes / (1e-3 * median_ms("rate of copies", copy, 5, x))
   return roofline.Device(
     jax.devices()[0].device_kind,
     {dtype: flops / 1e12},

@@ -29,6 +29,8 @@ from u2pl_jax.xla_flags import set_xla_flags
 _NUM_SHOWN = 15
 # The instruction of the compiled program that an event is about.
 _INSTRUCTION = "hlo_op"
+# An instruction as text: its name stands before what it is.
+_TEXT = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +98,16 @@ def device_events(data: ProfileData) -> list[list[Event]]:
         continue
       row = []
       for event in line.events:
+        kernel = event.name
         instruction = str(dict(event.stats).get(_INSTRUCTION, ""))
+        # A TPU's kernels are instructions, named by their whole text.
+        text = _TEXT.match(kernel)
+        if text:
+          kernel = instruction = text[1]
         # Threads of a CPU do other things too, also where kernels run on a GPU.
         if instruction or plane.name != "/host:CPU":
           begin, end = event.start_ns, event.start_ns + event.duration_ns
-          row.append(Event(begin, end, event.name, instruction))
+          row.append(Event(begin, end, kernel, instruction))
       if row:
         rows.append((plane.name == "/host:CPU", row))
   on_device = [row for is_host, row in rows if not is_host]
@@ -169,7 +176,7 @@ def read_profile(
 
 def read_places(text: str) -> dict[str, str]:
   """Instruction -> where it comes from, of a compiled program's HLO text."""
-  pattern = r'^\s*(?:ROOT )?%?([\w.-]+) = .*\bop_name="([^"]*)"'
+  pattern = rf'^{_TEXT.pattern}.*\bop_name="([^"]*)"'
   return {
     name: re.sub(r"^jit\([^/]*\)/", "", place)
     for name, place in re.findall(pattern, text, re.MULTILINE)
@@ -205,8 +212,10 @@ def trace_step(case: workload.Case, repeats: int) -> tuple[Profile, float]:
   )
   state = program.create_state()
   state = state.replace(memory_bank=workload.full(state.memory_bank))
+  name = "semi-supervised step"
+  workload.tell_compiling(name)
   step = program.semi_supervised_step.lower(state, *batches).compile()
-  ms, state = workload.step_ms(step, state, batches, repeats)
+  ms, state = workload.step_ms(name, step, state, batches, repeats)
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       for _ in range(repeats):

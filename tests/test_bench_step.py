@@ -1,13 +1,15 @@
 """scripts/bench_*.py: what they time is the step, on a small one."""
 
-import concurrent.futures
 import dataclasses
 import functools
-import multiprocessing
 import pathlib
+import shutil
 import subprocess
 import sys
 
+import bench_step
+import bench_vs_torch
+import bench_workload as workload
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,16 +22,7 @@ _SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
 
 
 @pytest.fixture(scope="module")
-def workload():
-  sys.path.insert(0, str(_SCRIPTS))
-  import bench_workload
-
-  yield bench_workload
-  sys.path.remove(str(_SCRIPTS))
-
-
-@pytest.fixture(scope="module")
-def case(workload):
+def case():
   config = testing.get_config()
   config.schedule.warmup_epochs = 0
   config.contrastive.anchor_min_probability = 0.0
@@ -37,12 +30,12 @@ def case(workload):
 
 
 @pytest.fixture(scope="module")
-def program(workload, case):
+def program(case):
   return workload.build(case)
 
 
 @pytest.mark.slow
-def test_what_is_timed_outside_the_network_is_the_step(workload, case, program):
+def test_what_is_timed_outside_the_network_is_the_step(case, program):
   batches = workload.random_batches(case, np.random.default_rng(0))
   state = program.create_state()
   other = jax.tree.map(lambda x: x * 1.5 + 0.1, state.student.params)
@@ -98,7 +91,7 @@ def test_what_is_timed_outside_the_network_is_the_step(workload, case, program):
   )
 
 
-def test_random_outputs_have_the_shapes_of_the_network(workload, case, program):
+def test_random_outputs_have_the_shapes_of_the_network(case, program):
   outputs = workload.random_outputs(case, np.random.default_rng(0))
   assert {name: x.shape for name, x in outputs.items()} == {
     "logits": (8, 9, 9, 6),
@@ -110,7 +103,7 @@ def test_random_outputs_have_the_shapes_of_the_network(workload, case, program):
   assert (probs.max(-1) > 0.3).mean() > 0.9
 
 
-def test_presets(workload):
+def test_presets():
   voc, city = (workload.cases(name)[0] for name in ("voc", "cityscapes"))
   assert voc.name == (
     "voc: resnet101, bfloat16, 16+16 images of 513x513, 21 classes"
@@ -130,9 +123,7 @@ def test_presets(workload):
   assert "8+8 images of 513x513 in 4 micro-batches, remat" in small.name
 
 
-def test_hours_of_a_schedule(workload):
-  import bench_step
-
+def test_hours_of_a_schedule():
   def row(ms):
     timing = workload.Timing(ms=ms, compile_s=0.0, peak_bytes=0)
     return bench_step.Row(timing, flops=1.0, floor_ms=1.0)
@@ -148,9 +139,7 @@ def test_hours_of_a_schedule(workload):
 
 
 @pytest.mark.slow
-def test_the_table_of_a_step(workload, case):
-  import bench_step
-
+def test_the_table_of_a_step(case):
   device = workload.measured_device("float32")
   assert device.rate("float32") > 1e9 and device.byte_rate > 1e8
   rows = bench_step.measure(case, device, 2)
@@ -239,20 +228,31 @@ def gathered(x):
 """
 
 
-def test_versus_torch_runs_what_it_is_given(tmp_path, workload):
-  import bench_vs_torch
-
+@pytest.mark.parametrize(
+  "opponent",
+  [
+    "eager",
+    pytest.param(
+      "strong",
+      marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(
+          shutil.which("g++") is None, reason="torch.compile needs g++"
+        ),
+      ],
+    ),
+  ],
+)
+def test_versus_torch_runs_what_it_is_given(tmp_path, opponent):
   (tmp_path / "u2pl" / "utils").mkdir(parents=True)
   (tmp_path / "train_semi.py").write_text(_TRAIN_SEMI)
   (tmp_path / "u2pl" / "utils" / "utils.py").write_text(_UTILS)
   case = workload.cases("cpu-mid", sizes=(33,))[0]
   case.config.memory_bank.capacity = 4
   case.config.memory_bank.capacity_class0 = 5
-  job = bench_vs_torch.job(case, "eager", tmp_path, 2)
+  job = bench_vs_torch.job(case, opponent, tmp_path, 2)
   assert job.capacities == (5, *(4,) * 20)
-  spawn = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
-    result = pool.submit(bench_vs_torch.run_published, job).result()
+  result = bench_vs_torch.alone(bench_vs_torch.run_published, job)
   assert set(result) == {*bench_vs_torch.ROWS, "info"}
   assert all(result[name] > 0 for name in bench_vs_torch.ROWS)
   assert "tensorboardX" in result["info"]

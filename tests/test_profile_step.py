@@ -1,23 +1,10 @@
 """scripts/profile_step.py: traces made by hand, and a real one."""
 
-import pathlib
-import sys
-
+import profile_step as script
 import pytest
 from jax.profiler import ProfileData
 
 from configs import testing
-
-_SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
-
-
-@pytest.fixture(scope="module")
-def script():
-  sys.path.insert(0, str(_SCRIPTS))
-  import profile_step
-
-  yield profile_step
-  sys.path.remove(str(_SCRIPTS))
 
 
 def make_trace(planes):
@@ -51,7 +38,7 @@ def make_trace(planes):
 HOST = {"worker": [(0, 9, "thunk", "fusion.9")], "python": [(0, 9, "run", "")]}
 
 
-def test_kernels_of_a_gpu_by_hand(script):
+def test_kernels_of_a_gpu_by_hand():
   """Two steps on two queues, of which the second one idles for 1 ms of 10."""
   data = make_trace(
     {
@@ -83,7 +70,7 @@ def test_kernels_of_a_gpu_by_hand(script):
   assert lines[4].split() == ["0.50", "9.1%", "0.5", "1", "others"]
 
 
-def test_kernels_of_a_cpu_by_hand(script):
+def test_kernels_of_a_cpu_by_hand():
   """A loop of 8 ms whose body takes 5 of them, and 2 of those a call."""
   data = make_trace(
     {
@@ -109,13 +96,39 @@ def test_kernels_of_a_cpu_by_hand(script):
   assert profile.busy == 1
 
 
-def test_a_trace_without_kernels_says_so(script):
+def test_kernels_of_a_tpu_by_hand():
+  """Named by their whole text; the lines of steps and modules do not count."""
+  dot = "%fusion.7 = bf16[8,128]{1,0:T(8,128)} fusion(%p), kind=kOutput"
+  data = make_trace(
+    {
+      "/host:CPU": HOST,
+      "/device:TPU:0": {
+        "Steps": [(0, 10, "0", "")],
+        "XLA Modules": [(0, 10, "jit_step(7)", "")],
+        "XLA Ops": [
+          (0, 6, dot, ""),
+          (6, 7, "%copy.1 = f32[] copy(%a)", ""),
+          (9, 10, dot, ""),
+        ],
+        "Async XLA Ops": [(0, 10, "%all-reduce.1 = f32[] copy(%a)", "")],
+      },
+    }
+  )
+  profile = script.read_profile(data, {"fusion.7": "DeepLab/head"}, 1)
+  assert profile.kernels == [
+    script.Kernel("fusion.7", 7, 2, "DeepLab/head"),
+    script.Kernel("copy.1", 1, 1, ""),
+  ]
+  assert profile.busy == pytest.approx(0.8)
+
+
+def test_a_trace_without_kernels_says_so():
   data = make_trace({"/host:CPU": {"python": [(0, 1, "run", "")]}})
   with pytest.raises(ValueError, match=r"no kernels; its planes are \['/host"):
     script.read_profile(data, {}, 1)
 
 
-def test_places_by_hand(script):
+def test_places_by_hand():
   text = """
   %fusion.7 = f32[2]{0} fusion(%p), metadata={op_name="jit(s)/jvp(keys)/sum"}
   ROOT conv-2 = (f32[2], u8[0]) custom-call(%a), metadata={op_type="conv" \
@@ -129,7 +142,7 @@ op_name="jit(step)/DeepLab/encoder" source_file="x.py"}
 
 
 @pytest.mark.slow
-def test_the_step_on_this_cpu(script):
+def test_the_step_on_this_cpu():
   case = script.workload.Case("testing", testing.get_config(), 6)
   profile, ms = script.trace_step(case, 2)
   assert ms > 0
