@@ -9,7 +9,7 @@
 The constants are those of the semi-supervised step with 21 classes, from
 scripts/measure_costs.py: what one more pixel adds to the compiler's temporaries
 between crops of 129 and 193, and its count of operations by pixels for a crop
-of 513, with 2 + 2 images in float32 on a CPU (jax 0.10.2, 2026-11-25).
+of 513, with 2 + 2 images in float32 on a CPU (jax 0.10.2, 2026-11-30).
 Accelerators fuse and schedule differently and need workspace for convolutions,
 so that a third more or less is no surprise.
 """
@@ -22,18 +22,18 @@ from input_pipeline import errors
 
 # (backbone, output stride) -> parameters, bytes and operations per pixel.
 _NETWORKS = {
-  ("tiny", 8): (739_301, 692, 0.367e6),
-  ("tiny", 16): (739_301, 572, 0.313e6),
-  ("resnet18", 8): (21_708_629, 3_291, 4.671e6),
-  ("resnet18", 16): (21_708_629, 2_588, 3.075e6),
-  ("resnet34", 8): (31_816_789, 4_090, 5.929e6),
-  ("resnet34", 16): (31_816_789, 2_944, 3.494e6),
-  ("resnet50", 8): (45_467_861, 8_017, 7.416e6),
-  ("resnet50", 16): (45_467_861, 4_910, 3.819e6),
-  ("resnet101", 8): (64_459_989, 13_126, 10.108e6),
-  ("resnet101", 16): (64_459_989, 6_248, 4.514e6),
-  ("resnet152", 8): (80_103_637, 17_659, 12.328e6),
-  ("resnet152", 16): (80_103_637, 7_873, 5.206e6),
+  ("tiny", 8): (739_301, 1_076, 0.344e6),
+  ("tiny", 16): (739_301, 1_001, 0.292e6),
+  ("resnet18", 8): (21_708_629, 3_191, 4.640e6),
+  ("resnet18", 16): (21_708_629, 2_699, 3.051e6),
+  ("resnet34", 8): (31_816_789, 3_730, 5.898e6),
+  ("resnet34", 16): (31_816_789, 2_985, 3.469e6),
+  ("resnet50", 8): (45_467_861, 6_246, 7.386e6),
+  ("resnet50", 16): (45_467_861, 4_171, 3.795e6),
+  ("resnet101", 8): (64_459_989, 9_657, 10.079e6),
+  ("resnet101", 16): (64_459_989, 5_139, 4.490e6),
+  ("resnet152", 8): (80_103_637, 12_626, 12.300e6),
+  ("resnet152", 16): (80_103_637, 6_150, 5.182e6),
 }
 # Temporaries in bfloat16, relative to float32: assumed, because a CPU computes
 # in float32 all the same (0.93). Those of convolutions halve, of losses stay.

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from configs import testing
+from configs import camvid_46, testing, voc_1464
+from input_pipeline import costs
 from u2pl_jax import build as build_lib
 from u2pl_jax import memory_plan, step_shapes
 from u2pl_jax.config_checks import ConfigError
@@ -199,3 +200,21 @@ def test_command(tmp_path):
   assert result.stderr.splitlines()[-1].startswith(
     "error: --device-memory=24Gb"
   )
+
+
+@pytest.mark.parametrize(
+  ("config", "num_classes"), [(voc_1464, 21), (camvid_46, 11)]
+)
+def test_the_doctors_estimate_is_that_of_the_plan(config, num_classes):
+  """Measured constants a pixel, and a count of what the network keeps."""
+  config = config.get_config()
+  rough = costs.estimate(
+    config, num_classes=num_classes, num_unlabelled=1000
+  ).memory_bytes
+  planned = memory_plan.predict(
+    config,
+    num_classes=num_classes,
+    num_devices=1,
+    network=memory_plan.trace_network(config, num_classes),
+  ).peak
+  assert planned / 1.2 < rough < 1.2 * planned
