@@ -5,8 +5,8 @@
 Compiles the semi-supervised step for 2 + 2 images of two crop sizes and counts
 the operations of a third one, runs nothing, and prints for every network how
 many bytes of temporaries and how many operations a pixel of the step's images
-costs. A CPU needs one to three minutes for each network. Its compiler
-undoes model.remat, whose effect on memory cannot be seen here.
+costs. A CPU needs one to three minutes for each network. Its compiler undoes
+model.remat, whose effect on memory cannot be seen here.
 """
 
 import os
