@@ -240,6 +240,61 @@ def test_convolution_by_products(size, features, kernel_size, dilation, stride):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+  "size, kernel_size, dilation",
+  [
+    # Multiples of the dilation, and not.
+    ((8, 12), 3, 4),
+    ((9, 14), 3, 2),
+    ((17, 9), 5, 3),
+    # A pixel or none in each of the images; elements that see nothing.
+    ((5, 7), 3, 6),
+    ((5, 7), 3, 12),
+  ],
+)
+def test_kernel_gradient_by_subimages(size, kernel_size, dilation):
+  """Against that of XLA's convolution."""
+  keys = jax.random.split(jax.random.key(0), 2)
+  x = jax.random.normal(keys[0], (2, *size, 6))
+  grad = jax.random.normal(keys[1], (2, *size, 4))
+  kernel = jnp.zeros((kernel_size, kernel_size, 6, 4))
+  padding = dilation * (kernel_size // 2)
+  (expected,) = jax.linear_transpose(
+    lambda kernel: jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      (1, 1),
+      [(padding, padding)] * 2,
+      rhs_dilation=(dilation, dilation),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    ),
+    kernel,
+  )(grad)
+  found = jax.jit(
+    functools.partial(
+      convolution.kernel_gradient_by_subimages, dilation=dilation
+    )
+  )(x, grad, kernel)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda", "rocm"])
+def test_no_gradient_on_a_gpu_has_the_dilation_as_stride(platform):
+  """cuDNN's gradients of kernels have no stride; see `_convolve_dilated`."""
+  x, kernel = jnp.zeros((2, 65, 65, 8)), jnp.zeros((3, 3, 8, 16))
+
+  def gradients(x, kernel, grad):
+    _, vjp = jax.vjp(lambda *args: convolution.convolve(*args, 1, 4), x, kernel)
+    return vjp(grad)
+
+  traced = jax.jit(gradients).trace(x, kernel, jnp.zeros((2, 65, 65, 16)))
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  # Of the input, and of the kernel.
+  assert text.count("stablehlo.convolution") == 2
+  strides = "window = {stride = [4, 4]" in text
+  assert strides == (platform in ("cpu", "tpu"))
+
+
 def test_products_are_only_of_what_is_on_the_image():
   """17 x 17 at dilation 12: five outputs on each side beside the centre's."""
   x, kernel = jnp.zeros((1, 17, 17, 8)), jnp.zeros((3, 3, 8, 16))

@@ -1,4 +1,4 @@
-"""Convolutions of the network: XLA's own, or by matrix products for a CPU."""
+"""Convolutions of the network: XLA's own, but where it runs them slowly."""
 
 import contextlib
 import contextvars
@@ -28,6 +28,8 @@ def convolve(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
     pixels = x.shape[0] * -(-x.shape[1] // stride) * -(-x.shape[2] // stride)
     if pixels * kernel.shape[2] * kernel.shape[3] >= _WORTH_PRODUCTS:
       return convolve_by_products(x, kernel, stride, dilation)
+  if dilation > 1 and stride == 1 and kernel.shape[0] > 1:
+    return _convolve_dilated(x, kernel, dilation)
   return _convolution(x, kernel, stride, dilation)
 
 
@@ -41,6 +43,87 @@ def _convolution(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
     rhs_dilation=(dilation, dilation),
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
   )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve_dilated(x: Array, kernel: Array, dilation: int) -> Array:
+  """`_convolution` of stride 1, whose kernel's gradient GPUs find fast.
+
+  To XLA that gradient is a convolution of the images with the gradient of the
+  outputs as a kernel of 65x65, say, and with the dilation as stride. Without
+  dilation it recognises what cuDNN has kernels for; with, it takes the
+  convolution literally.
+  """
+  return _convolution(x, kernel, 1, dilation)
+
+
+def _dilated_forward(x: Array, kernel: Array, dilation: int):
+  return _convolution(x, kernel, 1, dilation), (x, kernel)
+
+
+def _dilated_backward(
+  dilation: int, saved: tuple[Array, Array], grad: Array
+) -> tuple[Array, Array]:
+  x, kernel = saved
+  input_gradient = jax.linear_transpose(
+    lambda x: _convolution(x, kernel, 1, dilation), x
+  )
+
+  def directly(x: Array, grad: Array) -> Array:
+    return jax.linear_transpose(
+      lambda kernel: _convolution(x, kernel, 1, dilation), kernel
+    )(grad)[0]
+
+  def by_subimages(x: Array, grad: Array) -> Array:
+    return kernel_gradient_by_subimages(x, grad, kernel, dilation)
+
+  gradient = jax.lax.platform_dependent(
+    x, grad, cuda=by_subimages, rocm=by_subimages, default=directly
+  )
+  return *input_gradient(grad), gradient
+
+
+_convolve_dilated.defvjp(_dilated_forward, _dilated_backward)
+
+
+def kernel_gradient_by_subimages(
+  x: Array, grad: Array, kernel: Array, dilation: int
+) -> Array:
+  """Gradient of the kernel of a dilated convolution, by one without dilation.
+
+  Pixels that lie a multiple of the dilation apart never meet others: they are
+  an image of their own, of which there are dilation x dilation.
+
+  Args:
+    x: [b, h, w, c].
+    grad: [b, h, w, f], of the outputs at stride 1.
+    kernel: [size, size, c, f]; its shape and type.
+    dilation: of the convolution.
+
+  Returns:
+    [size, size, c, f].
+  """
+
+  def subimages(x: Array) -> Array:
+    batch, height, width, channels = x.shape
+    # With zeros, which add nothing to any sum.
+    padding = ((0, -height % dilation), (0, -width % dilation))
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    x = x.reshape(
+      batch,
+      x.shape[1] // dilation,
+      dilation,
+      x.shape[2] // dilation,
+      dilation,
+      channels,
+    )
+    x = x.transpose(0, 2, 4, 1, 3, 5)
+    return x.reshape(batch * dilation**2, *x.shape[3:])
+
+  x, grad = subimages(x), subimages(grad)
+  return jax.linear_transpose(
+    lambda kernel: _convolution(x, kernel, 1, 1), kernel
+  )(grad)[0]
 
 
 # Whether large convolutions run as matrix products; see `products`.
