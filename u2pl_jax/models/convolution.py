@@ -47,7 +47,7 @@ def _convolution(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve_dilated(x: Array, kernel: Array, dilation: int) -> Array:
-  """`_convolution` of stride 1, whose kernel's gradient GPUs find fast.
+  """`_convolution` of stride 1, with a kernel's gradient that GPUs know.
 
   To XLA that gradient is a convolution of the images with the gradient of the
   outputs as a kernel of 65x65, say, and with the dilation as stride. Without
