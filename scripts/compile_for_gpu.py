@@ -25,8 +25,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from input_pipeline.command_line import CONFIG, fail, parse_flags, write_json
 
-_JSON = flags.DEFINE_string("json", None, "Also write the numbers here.")
-
 # By NVIDIA's data sheet of the H200 and its CUDA programming guide (compute
 # capability 9.0); cuDNN and CUDA as jax[cuda12] brings them.
 _H200 = """
@@ -188,9 +186,10 @@ def main(_: list[str]) -> None:
   except KeyboardInterrupt:
     fail("interrupted; nothing was written", 130)
   print(table(result))
-  if _JSON.value:
-    write_json(_JSON.value, result)
+  if flags.FLAGS.json:
+    write_json(flags.FLAGS.json, result)
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("json", None, "Also write the numbers here.")
   app.run(main, flags_parser=parse_flags)
