@@ -1,9 +1,12 @@
-"""Long work on many files: a progress bar, and threads."""
+"""Long work: a progress bar, a clock, and threads for many files."""
 
 import collections
 import concurrent.futures
+import contextlib
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -46,6 +49,34 @@ def progress(
     mininterval=0.2 if sys.stderr.isatty() else _LOG_SECONDS,
     disable=not _is_shown,
   )
+
+
+@contextlib.contextmanager
+def elapsed(what: str) -> Iterator[None]:
+  """Says on stderr what goes on and, on a terminal, for how long."""
+  begin, done = time.monotonic(), threading.Event()
+  print(f"{what} ...", end="", file=sys.stderr, flush=True)
+
+  def tick():
+    while not done.wait(1):
+      print(
+        f"\r{what} ... {time.monotonic() - begin:.0f} s",
+        end="",
+        file=sys.stderr,
+        flush=True,
+      )
+
+  ticker = threading.Thread(target=tick, daemon=True)
+  if sys.stderr.isatty():
+    ticker.start()
+  try:
+    yield
+  finally:
+    done.set()
+    if ticker.is_alive():
+      ticker.join()
+      print(f"\r{what} ...", end="", file=sys.stderr)
+    print(f" {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
 
 
 def map_in_threads(

@@ -151,12 +151,11 @@ def parts(case, program, outputs, rng):
 
 def time_part(name, function, args, bank, repeats):
   """Median ms of a part; with the first argument None it feeds the bank."""
-  workload.tell_compiling(name)
   if args[0] is not None:
-    run = jax.jit(function).lower(*args).compile()
+    run = workload.compile_for(name, jax.jit(function), *args)
     return workload.median_ms(name, run, repeats, *args)
   run = jax.jit(function, donate_argnums=0)
-  run = run.lower(bank, *args[1:]).compile()
+  run = workload.compile_for(name, run, bank, *args[1:])
 
   def feed():
     nonlocal bank
@@ -182,8 +181,7 @@ def main():
       case, program, outputs, workload.random_outputs(case, rng)
     )
     whole = "everything, as in the step"
-    workload.tell_compiling(whole)
-    compiled = step.lower(state, *batches).compile()
+    compiled = workload.compile_for(whole, step, state, *batches)
     whole_ms, state = workload.step_ms(whole, compiled, state, batches, repeats)
     times = {
       name: time_part(name, function, args, state.memory_bank, repeats)

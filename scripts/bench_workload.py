@@ -414,9 +414,8 @@ def timings(
   def compiled(
     name: str, function: Callable, *args: Any
   ) -> tuple[Callable, Callable]:
-    tell_compiling(name)
     begin = time.perf_counter()
-    run = function.lower(*args).compile()
+    run = compile_for(name, function, *args)
     compile_s = time.perf_counter() - begin
     return run, lambda ms: Timing(ms, compile_s, step_shapes.peak_bytes(run))
 
@@ -442,9 +441,10 @@ def timings(
   return result
 
 
-def tell_compiling(name: str) -> None:
-  """A line on stderr: nothing else is seen for up to minutes."""
-  print(f"{name}: compiling", file=sys.stderr, flush=True)
+def compile_for(name: str, function: Callable, *args: Any) -> Callable:
+  """The jitted function, compiled for `args`; stderr shows how long it took."""
+  with parallel.elapsed(f"compiling {name}"):
+    return function.lower(*args).compile()
 
 
 def median_ms(

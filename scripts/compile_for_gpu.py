@@ -24,6 +24,7 @@ from absl import logging as absl_logging
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from input_pipeline.command_line import CONFIG, fail, parse_flags, write_json
+from input_pipeline.parallel import elapsed
 
 # By NVIDIA's data sheet of the H200 and its CUDA programming guide (compute
 # capability 9.0); cuDNN and CUDA as jax[cuda12] brings them.
@@ -117,7 +118,10 @@ def compile_step(config) -> dict:
   state = build_lib.abstract_state(config, program)
   halves = step_shapes.training_batches(config, program.mesh)
   begin = time.perf_counter()
-  compiled = program.semi_supervised_step.lower(state, *halves).compile()
+  with elapsed("tracing"):
+    lowered = program.semi_supervised_step.lower(state, *halves)
+  with elapsed("compiling, some two minutes for ResNet-101"):
+    compiled = lowered.compile()
   compile_s = time.perf_counter() - begin
   found = count_convolutions(compiled.as_text())
   return {
@@ -191,5 +195,6 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  # Here, for tests that import it beside other commands.
   flags.DEFINE_string("json", None, "Also write the numbers here.")
   app.run(main, flags_parser=parse_flags)

@@ -14,14 +14,10 @@ bytes count: u2pl_jax/collectives.py; what they cost: scripts/scaling_model.py.
 """
 
 import collections
-import contextlib
 import dataclasses
 import os
 import pathlib
 import sys
-import threading
-import time
-from collections.abc import Iterator
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -29,6 +25,7 @@ from absl import logging as absl_logging
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from input_pipeline.command_line import CONFIG, fail, parse_flags, write_json
+from input_pipeline.parallel import elapsed
 
 _DEVICES = flags.DEFINE_integer("devices", 8, "Devices that share the batch.")
 _JSON = flags.DEFINE_string("json", None, "Also write the numbers here.")
@@ -113,34 +110,6 @@ def inspect(config, num_devices: int) -> dict:
     "state_bytes": compiled.memory_analysis().argument_size_in_bytes,
     "collectives": [dataclasses.asdict(entry) for entry in found],
   }
-
-
-@contextlib.contextmanager
-def elapsed(what: str) -> Iterator[None]:
-  """Says on stderr what goes on and, on a terminal, for how long."""
-  begin, done = time.monotonic(), threading.Event()
-  print(f"{what} ...", end="", file=sys.stderr, flush=True)
-
-  def tick():
-    while not done.wait(1):
-      print(
-        f"\r{what} ... {time.monotonic() - begin:.0f} s",
-        end="",
-        file=sys.stderr,
-        flush=True,
-      )
-
-  ticker = threading.Thread(target=tick, daemon=True)
-  if sys.stderr.isatty():
-    ticker.start()
-  try:
-    yield
-  finally:
-    done.set()
-    if ticker.is_alive():
-      ticker.join()
-      print(f"\r{what} ...", end="", file=sys.stderr)
-    print(f" {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
 
 
 def table(result: dict, *, largest: int = 12) -> str:

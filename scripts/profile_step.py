@@ -213,8 +213,9 @@ def trace_step(case: workload.Case, repeats: int) -> tuple[Profile, float]:
   state = program.create_state()
   state = state.replace(memory_bank=workload.full(state.memory_bank))
   name = "semi-supervised step"
-  workload.tell_compiling(name)
-  step = program.semi_supervised_step.lower(state, *batches).compile()
+  step = workload.compile_for(
+    name, program.semi_supervised_step, state, *batches
+  )
   ms, state = workload.step_ms(name, step, state, batches, repeats)
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
