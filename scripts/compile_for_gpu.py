@@ -74,15 +74,16 @@ def count_convolutions(text: str) -> collections.Counter:
     target = re.search(r'custom_call_target="(__cudnn\$conv\w+)"', line)
     if target:
       size = re.search(r"window=\{size=(\w+)", line)
-      found[_KINDS[target[1]], size[1]] += 1
+      found[_KINDS.get(target[1], target[1]), size[1]] += 1
   return found
 
 
-def compile_step(config) -> dict:
-  """Compiles the semi-supervised step of a config for one device.
+def compile_step(config, devices) -> dict:
+  """Compiles the semi-supervised step of a config.
 
   Args:
     config: complete.
+    devices: a single one, which may be described only.
 
   Returns:
     JSON-ready: 'peak_bytes' and 'state_bytes' of the device, 'compile_s' with
@@ -90,36 +91,14 @@ def compile_step(config) -> dict:
 
   Raises:
     ConfigError, DataError: the config cannot work.
-    NotImplementedError: jax's plugin for CUDA is missing.
   """
   import jax
-  from jax.experimental import topologies
 
-  from input_pipeline.dataset_config import load_info
-  from u2pl_jax import build as build_lib
   from u2pl_jax import step_shapes
-  from u2pl_jax.config_checks import ConfigError
 
-  if config.method != "u2pl":
-    raise ConfigError(
-      f"config.method={config.method!r} has no semi-supervised step: choose"
-      " 'u2pl'"
-    )
-  topology = topologies.get_topology_desc(
-    platform="cuda", target_config=_H200, topology="1x1x1"
-  )
-  info = load_info(config.dataset)
-  program = build_lib.build(
-    config,
-    # The number of images only sets the schedule.
-    build_lib.DataSpec(info.num_classes, info.mean, info.std, 1000),
-    devices=topology.devices,
-  )
-  state = build_lib.abstract_state(config, program)
-  halves = step_shapes.training_batches(config, program.mesh)
   begin = time.perf_counter()
   with elapsed("tracing"):
-    lowered = program.semi_supervised_step.lower(state, *halves)
+    lowered, _, _ = step_shapes.lower_semi_supervised(config, devices)
   with elapsed("compiling, some two minutes for ResNet-101"):
     compiled = lowered.compile()
   compile_s = time.perf_counter() - begin
@@ -171,6 +150,7 @@ def main(_: list[str]) -> None:
   )
   absl_logging.set_verbosity(absl_logging.ERROR)
   import jax
+  from jax.experimental import topologies
 
   # What little is computed.
   jax.config.update("jax_platforms", "cpu")
@@ -179,14 +159,18 @@ def main(_: list[str]) -> None:
   from u2pl_jax.config_checks import ConfigError
 
   try:
-    result = compile_step(CONFIG.value)
-  except (ConfigError, DataError) as error:
-    fail(str(error))
+    topology = topologies.get_topology_desc(
+      platform="cuda", target_config=_H200, topology="1x1x1"
+    )
   except NotImplementedError as error:
     fail(
       f"jax's plugin for CUDA is not installed ({error}): pip install"
       f" 'jax[cuda12]=={jax.__version__}', which needs no GPU"
     )
+  try:
+    result = compile_step(CONFIG.value, topology.devices)
+  except (ConfigError, DataError) as error:
+    fail(str(error))
   except KeyboardInterrupt:
     fail("interrupted; nothing was written", 130)
   print(table(result))

@@ -50,27 +50,12 @@ def inspect(config, num_devices: int) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from input_pipeline.dataset_config import load_info
-  from u2pl_jax import build as build_lib
   from u2pl_jax import collectives, step_shapes
-  from u2pl_jax.config_checks import ConfigError
 
-  if config.method != "u2pl":
-    raise ConfigError(
-      f"config.method={config.method!r} has no semi-supervised step: choose"
-      " 'u2pl'"
-    )
-  info = load_info(config.dataset)
-  program = build_lib.build(
-    config,
-    # The number of images only sets the schedule.
-    build_lib.DataSpec(info.num_classes, info.mean, info.std, 1000),
-    devices=jax.devices()[:num_devices],
-  )
-  state = build_lib.abstract_state(config, program)
-  halves = step_shapes.training_batches(config, program.mesh)
   with elapsed("tracing"):
-    lowered = program.semi_supervised_step.lower(state, *halves)
+    lowered, program, state = step_shapes.lower_semi_supervised(
+      config, jax.devices()[:num_devices]
+    )
   # The compiler of CPU code takes minutes to optimise what never runs.
   on_cpu = jax.default_backend() == "cpu"
   with elapsed("compiling, about a minute for ResNet-101"):

@@ -73,7 +73,11 @@ def _rules() -> dict[str, tuple[set[str], set[str]]]:
     ),
     # Tools that read a step and run nothing.
     "u2pl_jax.collectives": (set(), {"jax"}),
-    "u2pl_jax.step_shapes": (_u2pl({"sharding"}), {"jax", "ml_collections"}),
+    "u2pl_jax.step_shapes": (
+      {"input_pipeline.dataset_config"}
+      | _u2pl({"build", "config_checks", "sharding", "train_state"}),
+      {"jax", "ml_collections"},
+    ),
     "u2pl_jax.roofline": (
       _u2pl({"build", "config_checks", "models.layers", "models.resnet"}),
       maths | {"ml_collections"},

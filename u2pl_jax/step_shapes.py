@@ -1,6 +1,7 @@
 """Shapes of what the compiled steps take, and the memory that they need, for
 tools that compile or lower them and run nothing."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,7 +9,11 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
+from input_pipeline.dataset_config import load_info
+from u2pl_jax import build as build_lib
 from u2pl_jax import sharding
+from u2pl_jax.config_checks import ConfigError
+from u2pl_jax.train_state import TrainState
 
 Batch = dict[str, jax.ShapeDtypeStruct]
 
@@ -47,6 +52,38 @@ def eval_batch(
   """A batch of the evaluation, of images in a static shape (h, w)."""
   names = ("image", "label", "valid_box", "scaled_box", "is_real", "index")
   return _batch(mesh, config.eval.batch, shape, names)
+
+
+def lower_semi_supervised(
+  config: ml_collections.ConfigDict, devices: Sequence[jax.Device]
+) -> tuple[jax.stages.Lowered, build_lib.Program, TrainState]:
+  """The semi-supervised step of a config, traced for some devices.
+
+  Args:
+    config: complete.
+    devices: share the batch; those of a described topology will do.
+
+  Returns:
+    (lowered step, its program, the shapes of its state).
+
+  Raises:
+    ConfigError, DataError: the config cannot work.
+  """
+  if config.method != "u2pl":
+    raise ConfigError(
+      f"config.method={config.method!r} has no semi-supervised step: choose"
+      " 'u2pl'"
+    )
+  info = load_info(config.dataset)
+  program = build_lib.build(
+    config,
+    # The number of images only sets the schedule.
+    build_lib.DataSpec(info.num_classes, info.mean, info.std, 1000),
+    devices=devices,
+  )
+  state = build_lib.abstract_state(config, program)
+  halves = training_batches(config, program.mesh)
+  return program.semi_supervised_step.lower(state, *halves), program, state
 
 
 def peak_bytes(compiled: Any) -> int:
